@@ -1,0 +1,465 @@
+"""Preparing data: the splits, the figures against slow references, and what happens when it is cut short."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyllm import prepare as prep
+from tinyllm.config import DataConfig
+from tinyllm.data import TokenWriter, open_tokens, read_header
+from tinyllm.errors import DataError, TokenizerError
+from tinyllm.prepare import Prepared, Progress, is_prepared, open_prepared
+from tinyllm.tokenizer import decode, digest, end_of_text, from_json
+
+DATA = Path(__file__).parents[2] / "shared/data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
+TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(300))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with a text in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
+    return tmp_path
+
+
+def config(source="a.txt", tokenizer="char", **settings):
+    return DataConfig(source=source, dir="data", tokenizer=tokenizer, **settings)
+
+
+def run(config, **options):
+    """The Prepared, after checking the events before it."""
+    *progress, last = prep.prepare(config, **options)
+    assert isinstance(last, Prepared)
+    assert all(isinstance(p, Progress) for p in progress)
+    return last
+
+
+def tokens(split):
+    return open_tokens(Path("data") / f"{split}.bin")[0]
+
+
+def state():
+    """Every file of data/, with its content and time."""
+    files = [p for p in Path("data").rglob("*") if p.is_file()] if Path("data").exists() else []
+    return {p.as_posix(): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
+
+
+# ---- The splits ----
+
+
+@needs_data
+def test_tiny_shakespeare_by_characters(here):
+    (here / "a.txt").write_bytes((DATA / "tinyshakespeare.txt").read_bytes())
+    start = time.perf_counter()
+    prepared = run(config())
+    assert time.perf_counter() - start < 5  # about 0.5 s on two cores
+    assert (prepared.train.tokens, prepared.val.tokens) == (1_003_854, 111_540)
+    text = (here / "a.txt").read_text()
+    stoi = {c: i for i, c in enumerate(sorted(set(text)))}
+    expected = np.array([stoi[c] for c in text], dtype=np.uint16)
+    np.testing.assert_array_equal(tokens("train"), expected[:1_003_854])
+    np.testing.assert_array_equal(tokens("val"), expected[1_003_854:])
+    assert prepared.unigram_entropy == pytest.approx(3.347, abs=0.001)
+    assert prepared.bigram_entropy == pytest.approx(2.484, abs=0.005)
+    assert (prepared.overlap, prepared.entropy, prepared.bytes_per_token) == (0, None, 1)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
+def test_every_character_is_in_one_split(here, tokenizer):
+    text = TEXT + "é日本\r\n  \U0001f600" * 20
+    (here / "a.txt").write_bytes(text.encode())
+    prepared = run(config(tokenizer=tokenizer, vocab_size=300, val_fraction=0.25))
+    tokenizer = from_json(prepared.tokenizer_json)
+    at = int(len(text) * 0.75)
+    for split, part in (("train", text[:at]), ("val", text[at:])):
+        size = getattr(prepared, split)
+        assert decode(tokenizer, tokens(split).tolist()) == part
+        assert (size.characters, size.text_bytes, size.documents) == (len(part), len(part.encode()), 0)
+        assert size.tokens == len(tokens(split))
+        header = read_header(f"data/{split}.bin")
+        assert header.text_bytes == size.text_bytes
+        assert header.tokenizer_hash == prepared.tokenizer_hash == digest(Path("data/tokenizer.json").read_text())
+        assert header.vocab_size == prepared.vocab_size
+
+
+def test_documents_are_divided_whole_and_each_is_ended(here, monkeypatch):
+    monkeypatch.setattr(prep, "BATCH", 50)
+    stories = [f"story {i}" + " and on" * (i % 7) for i in range(30)]
+    (here / "a.txt").write_text("\n<|endoftext|>\n".join(stories))
+    prepared = run(config(val_fraction=0.2))
+    end = end_of_text(from_json(prepared.tokenizer_json))
+    for split, part in (("train", stories[:24]), ("val", stories[24:])):
+        whole = tokens(split)
+        assert whole[-1] == end
+        rows = np.split(whole[:-1], np.flatnonzero(whole[:-1] == end))
+        read = [decode(from_json(prepared.tokenizer_json), row.tolist()) for row in rows]
+        assert read == part
+        assert getattr(prepared, split).documents == len(part)
+        assert getattr(prepared, split).tokens == len("".join(part)) + len(part)
+    for fraction, expected in ((0.001, (29, 1)), (0.999, (1, 29))):
+        prepared = run(config(val_fraction=fraction))
+        assert (prepared.train.documents, prepared.val.documents) == expected
+
+
+def test_a_single_document_is_cut_inside(here):
+    (here / "a.jsonl").write_text(json.dumps({"text": "0123456789"}))
+    prepared = run(config("a.jsonl", val_fraction=0.3))
+    assert tokens("train").tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert tokens("val").tolist() == [7, 8, 9, 10]
+    assert (prepared.train.documents, prepared.val.documents) == (0, 1)
+
+
+def test_too_short_to_divide(here):
+    (here / "a.txt").write_text("x")
+    with pytest.raises(DataError, match=r"1 characters cannot be divided by data\.val_fraction = 0\.1"):
+        run(config())
+    assert not Path("data").exists()
+
+
+def test_the_bpe_has_not_seen_the_validation_split(here):
+    (here / "a.txt").write_text(TEXT + "zqzqzq" * 300)
+    prepared = run(config(tokenizer="bpe", vocab_size=300))
+    assert "zq" not in "".join(from_json(prepared.tokenizer_json).get_vocab())
+
+
+def test_tales_have_a_known_entropy(here):
+    pytest.importorskip("tinyllm.tales")
+    from tinyllm.tales import stories
+
+    prepared = run(config("tales", "bpe", tales_stories=300, tales_seed=5, vocab_size=500))
+    held_out = [*stories(300, 5)][270:]
+    assert prepared.val.documents == 30
+    assert prepared.val.characters == sum(len(s.text) for s in held_out)
+    assert prepared.entropy == pytest.approx(-sum(s.log_prob for s in held_out) / len(tokens("val")))
+    assert 0 < prepared.entropy < prepared.bigram_entropy < prepared.unigram_entropy
+    single = run(config("tales", "bpe", tales_stories=1, vocab_size=257))
+    assert single.entropy is None  # of a part of a story it is not known
+
+
+# ---- The figures ----
+
+
+def figures(train, val, vocab_size, folder):
+    for name, ids in (("train", train), ("val", val)):
+        with TokenWriter(folder / f"{name}.bin", vocab_size=vocab_size, tokenizer_hash="00" * 32) as out:
+            out.write(ids, 0)
+    generator = prep.compare(folder, vocab_size, 100)
+    while True:
+        try:
+            next(generator)
+        except StopIteration as stop:
+            return stop.value
+
+
+@pytest.mark.parametrize("vocab_size", [5, 70_000])
+def test_losses_and_overlap_against_slow_counting(tmp_path, monkeypatch, vocab_size):
+    monkeypatch.setattr(prep, "CHUNK", 128)  # so that windows and pairs lie across chunks
+    rng = np.random.default_rng(3)
+    train, other = vocab_size - 1 - rng.integers(0, 5, 3000) ** 2 // 5, rng.integers(0, vocab_size, 66)
+    val = np.concatenate([train[100:164], other[:64], train[1001:1065], train[1:65], other[64:]])
+    unigram, bigram, overlap = figures(train, val, vocab_size, tmp_path)
+
+    counts = Counter(train.tolist())
+    p = {t: (counts[t] + 1) / (len(train) + vocab_size) for t in range(vocab_size)}
+    assert unigram == pytest.approx(-sum(math.log(p[t]) for t in val.tolist()) / len(val))
+    pairs = Counter(zip(train.tolist(), train[1:].tolist(), strict=False))
+    k, scored = prep.PRIOR, list(zip(val.tolist(), val[1:].tolist(), strict=False))
+    assert len(scored) <= 4 * prep.CHUNK
+    losses = [-math.log((pairs[a, b] + k * p[b]) / (counts[a] + k)) for a, b in scored]
+    assert bigram == pytest.approx(sum(losses) / len(losses))
+    seen = {tuple(train[i : i + 64].tolist()) for i in range(len(train) - 63)}
+    windows = [tuple(val[i : i + 64].tolist()) for i in range(0, len(val) - 63, 64)]
+    assert overlap == sum(w in seen for w in windows) / len(windows) == 0.75
+
+
+def test_figures_by_hand(tmp_path):
+    """Train aabb: p(a) = p(b) = 3/6. Val ab: the pair (a, b) occurs once after two a's."""
+    unigram, bigram, overlap = figures([0, 0, 1, 1], [0, 1], 2, tmp_path)
+    assert unigram == pytest.approx(math.log(2))
+    assert bigram == pytest.approx(-math.log((1 + prep.PRIOR / 2) / (2 + prep.PRIOR)))
+    assert overlap == 0
+
+
+@pytest.mark.parametrize("copies", [0, 1, 3])
+def test_validation_text_inside_the_training_text_is_found(here, copies):
+    rng = random.Random(1)
+    lines = ["".join(rng.choices("abcdefgh", k=63)) + "\n" for _ in range(100)]
+    (here / "a.txt").write_text("".join(lines[:90] + lines[:copies] + lines[90 + copies :]))
+    assert run(config()).overlap == copies / 10
+
+
+# ---- Prepared once ----
+
+
+def test_nothing_changed_nothing_done(here):
+    first = run(config())
+    assert first.reasons == ("new",)
+    before = state()
+    assert set(before) == {f"data/{name}" for name in prep.FILES}
+    events = list(prep.prepare(config()))
+    assert len(events) == 1
+    assert events[0].reasons == ()
+    assert open_prepared(config()) == events[0]
+    os.utime("a.txt")  # another time, the same content
+    assert run(config()).reasons == ()
+    assert run(config(vocab_size=999)).reasons == ()  # only a BPE's size is chosen
+    assert state() == before
+    again = run(config(), force=True)
+    assert again.reasons == ("forced",)
+    assert {k: v[0] for k, v in state().items() if "meta" not in k} == {
+        k: v[0] for k, v in before.items() if "meta" not in k
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"val_fraction": 0.2}, "data.val_fraction: 0.1 -> 0.2"),
+        ({"tokenizer": "byte"}, 'data.tokenizer: "bpe" -> "byte"'),
+        ({"vocab_size": 280}, "data.vocab_size: 270 -> 280"),
+        ({"separator": "Line 7"}, 'data.separator: "<|endoftext|>" -> "Line 7"'),
+        ({"separator": "null"}, 'data.separator: "<|endoftext|>" -> "null"'),
+        ({"source": "b.txt"}, 'data.source: "a.txt" -> "b.txt"'),
+        ({"source": "tales", "tales_stories": 50}, "data.tales_stories: none -> 50"),
+    ],
+)
+def test_each_changed_setting_is_named(here, changed, reason):
+    shutil.copy("a.txt", "b.txt")
+    old = {"tokenizer": "bpe", "vocab_size": 270}
+    run(config(**old))
+    before = state()
+    with pytest.raises(DataError) as error:
+        open_prepared(config(**old | changed))
+    assert reason in str(error.value)
+    assert "`tinyllm prepare run.toml` prepares it again" in error.value.fix
+    assert state() == before
+    assert reason in run(config(**old | changed)).reasons
+    open_prepared(config(**old | changed))
+
+
+def test_changed_files_are_named(here):
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text(TEXT)
+    run(config("texts"))
+    Path("texts/b.txt").write_text("more\n")
+    reason = 'file texts/b.txt: none -> "5 bytes, '
+    assert run(config("texts")).reasons[0].startswith(reason)
+    Path("texts/b.txt").write_text("less\n")  # as long as before
+    with pytest.raises(DataError, match=r"file texts/b\.txt"):
+        open_prepared(config("texts"))
+    assert len(run(config("texts")).reasons) == 1
+    Path("texts/b.txt").unlink()
+    assert run(config("texts")).reasons[0].endswith("-> none")
+
+
+def test_prepared_data_can_be_used_without_its_sources(here):
+    run(config())
+    Path("a.txt").unlink()
+    open_prepared(config())
+    assert run(config()).reasons == ()
+    with pytest.raises(DataError, match=r"a\.txt: no such file"):
+        run(config(), force=True)
+    open_prepared(config())
+
+
+def test_an_emptied_source_is_not_a_missing_one(here):
+    run(config())
+    Path("a.txt").write_text("")
+    with pytest.raises(DataError, match=r"a\.txt: this file is empty"):
+        open_prepared(config())
+
+
+def test_a_tokenizer_file_is_part_of_the_fingerprint(here):
+    run(config())
+    shutil.copy("data/tokenizer.json", "mine.json")
+    mine = config(tokenizer="mine.json")
+    assert "data.tokenizer" in run(mine).reasons[0]
+    Path("mine.json").write_text(Path("mine.json").read_text() + "\n")
+    with pytest.raises(DataError, match=r"file mine\.json"):
+        open_prepared(mine)
+    run(mine)
+    Path("mine.json").unlink()
+    open_prepared(mine)
+    with pytest.raises(TokenizerError, match="no such tokenizer"):
+        run(config(tokenizer="bqe"))
+
+
+def test_a_character_that_the_tokenizer_lacks_is_named(here):
+    run(config())
+    shutil.copy("data/tokenizer.json", "mine.json")
+    before = state()
+    Path("a.txt").write_text(TEXT * 20 + "so na\u00efve!")
+    with pytest.raises(TokenizerError) as error:
+        run(config(tokenizer="mine.json"))
+    assert error.value.what == "no token for the character '\u00ef' (U+00EF)"
+    assert error.value.where == "a.txt in '401 lazy dogs.\\nso na\u00efve!'"
+    assert state() == before
+
+
+# ---- Damage ----
+
+
+def damage_tokenizer():
+    Path("data/tokenizer.json").write_text(Path("data/tokenizer.json").read_text() + " ")
+
+
+def damage_pair():
+    shutil.copy("data/train.bin", "data/val.bin")
+
+
+def damage_hash():
+    data = bytearray(Path("data/val.bin").read_bytes())
+    data[40] ^= 1
+    Path("data/val.bin").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda: Path("data/meta.json").unlink(), "meta.json: no prepared data"),
+        (lambda: Path("data/meta.json").write_text("{"), "meta.json: damaged"),
+        (lambda: Path("data/meta.json").write_text('{"version": 1}'), "meta.json: damaged: KeyError"),
+        (lambda: Path("data/meta.json").write_text('{"version": 0}'), "format: 0 -> 1"),
+        (lambda: Path("data/tokenizer.json").unlink(), "tokenizer.json: no prepared data"),
+        (lambda: Path("data/val.bin").unlink(), "val.bin: no such token file"),
+        (lambda: Path("data/train.bin").write_bytes(b"x"), "train.bin: not a token file"),
+        (damage_tokenizer, "tokenizer.json: it has been changed"),
+        (damage_pair, "val.bin: it belongs to another preparation"),
+        (damage_hash, "val.bin: it belongs to another preparation"),
+    ],
+)
+def test_damage_is_named_and_repaired(here, damage, message):
+    run(config())
+    damage()
+    with pytest.raises(DataError) as error:
+        open_prepared(config())
+    assert message in str(error.value)
+    assert "tinyllm prepare run.toml" in error.value.fix
+    assert run(config()).reasons != ()
+    open_prepared(config())
+
+
+def test_is_prepared(here):
+    assert not is_prepared(config())
+    run(config())
+    assert is_prepared(config())
+
+
+# ---- Cut short ----
+
+
+@pytest.mark.parametrize("had_one", [False, True])
+@pytest.mark.parametrize("stage", ["reading", "writing tokens", "comparing the splits"])
+def test_an_interruption_leaves_the_old_state(here, monkeypatch, had_one, stage):
+    monkeypatch.setattr(prep, "BATCH", 1000)
+    if had_one:
+        run(config())
+    before = state()
+    events = prep.prepare(config(val_fraction=0.3))
+    while next(events).stage != stage:
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        events.throw(KeyboardInterrupt)
+    assert state() == before
+    assert Path("data").exists() == had_one
+    for event in prep.prepare(config(val_fraction=0.3)):  # a loop that is left early
+        if event.stage == stage:
+            break
+    del event
+    assert state() == before
+
+
+def test_an_error_in_the_middle_leaves_the_old_state(here):
+    run(config())
+    before = state()
+    Path("a.txt").write_bytes(TEXT.encode() + b"\xff")
+    with pytest.raises(DataError, match="not UTF-8"):
+        run(config())
+    assert state() == before
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_a_kill_between_the_moves_is_made_good(here, monkeypatch, moved):
+    """After each of the renames in turn: either the old preparation is whole, or the new one."""
+    run(config())
+    new, calls, replace = config(val_fraction=0.3), [], os.replace
+
+    def killed(source, target):
+        if Path(source).suffix != ".tmp":  # those of TokenWriter
+            calls.append(target)
+            if len(calls) > moved:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(new)
+    monkeypatch.setattr(os, "replace", replace)
+    assert is_prepared(new)
+    expected = config() if moved == 0 else new
+    prepared = open_prepared(expected)
+    assert prepared.fingerprint["data.val_fraction"] == expected.val_fraction
+    assert set(state()) == {f"data/{name}" for name in prep.FILES}
+
+
+def test_a_killed_process_leaves_the_old_state(here):
+    run(config())
+    before = state()
+    code = (
+        "from tinyllm.config import DataConfig; from tinyllm.prepare import prepare\n"
+        "for event in prepare(DataConfig(source='a.txt', dir='data', tokenizer='byte')):\n"
+        "    print(event.stage, flush=True); __import__('time').sleep(0.2 if 'writ' in event.stage else 0)"
+    )
+    root = Path(prep.__file__).parents[1]
+    env = os.environ | {"PYTHONPATH": str(root)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
+    for line in process.stdout:
+        if line.startswith("writing"):
+            process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    left = [*Path("data").glob(prep.ASIDE + "*")]
+    assert len(left) == 1
+    open_prepared(config())
+    run(config(), force=True)
+    assert left[0].exists(), "it could be another process at work"
+    for path in (*left[0].iterdir(), left[0]):
+        os.utime(path, (0, 0))
+    run(config(tokenizer="byte"))
+    assert not [*Path("data").glob(".*")], "an old leftover is removed"
+    assert before.keys() == state().keys()
+
+
+def test_a_folder_that_cannot_be_written(here):
+    Path("data").write_text("a file is in the way")
+    with pytest.raises(DataError, match="data: cannot be written: File exists"):
+        run(config())
+
+
+def test_text_that_changes_while_it_is_read(here, monkeypatch):
+    monkeypatch.setattr(prep, "BATCH", 1000)
+    events = prep.prepare(config(tokenizer="byte"))
+    assert next(events).stage == "reading"
+    Path("a.txt").write_text(TEXT * 2)  # the first reading has its block already; the next has not
+    with pytest.raises(DataError, match="changed while it was being read"):
+        list(events)
+    assert not Path("data").exists()
+
+
+def test_importing_is_cheap():
+    code = "import sys, tinyllm.prepare; print([m for m in ('torch', 'pooch', 'requests') if m in sys.modules])"
+    env = os.environ | {"PYTHONPATH": str(Path(prep.__file__).parents[1])}
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=env) == "[]\n"

@@ -1,0 +1,309 @@
+"""The command line: parse, call, render, exit. The only module that knows typer.
+
+The rooms below are imported inside the commands that use them, so that `tinyllm --help` and `plot-lr` answer at once.
+Exit codes: 0 done, 1 a check failed, 2 the user's mistake, 128 + n stopped by signal n (as shells count).
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tinyllm import __version__, ui
+from tinyllm.errors import ConfigError, TinyLLMError
+
+if TYPE_CHECKING:
+    from tinyllm.config import RunConfig
+    from tinyllm.engine import Run, TrainState
+
+app = typer.Typer(
+    help="Train a small language model from one TOML file, and find the mistake before it costs a night.",
+    epilog="A first run: tinyllm new quickstart > run.toml, then tinyllm train run.toml, then tinyllm sample.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run config, a TOML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of the config.")
+]
+CheckpointPath = Annotated[
+    Path,
+    typer.Option("--checkpoint", "-c", metavar="PATH", help="A checkpoint; of a folder its best, else its latest."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
+RUN_TOML = Path("run.toml")
+
+
+def main() -> None:
+    """The console script: run the command, turn the user's mistakes into a message and exit code 2."""
+    try:
+        app()
+    except TinyLLMError as error:
+        ui.show_error(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # The reader of our output has left (`tinyllm sample | head`): end quietly, also at the interpreter's last
+        # flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        ui.show_error(TinyLLMError(error.strerror or str(error), where=str(error.filename or "")))
+        sys.exit(2)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        ui.result(f"tinyllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def new(
+    name: Annotated[str | None, typer.Argument(help="The example to start from; without it, they are listed.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it to this file.")] = None,
+) -> None:
+    """Write a commented run config to start from."""
+    from tinyllm.examples import examples, read_example
+
+    if name is None:
+        ui.show_examples(examples())
+        return
+    text = read_example(name)
+    if out is None:
+        sys.stdout.write(text)
+        return
+    if out.exists():
+        raise ConfigError("is there already", where=str(out), fix="choose another --out, or delete it")
+    out.write_text(text, encoding="utf-8")
+    ui.note(f"wrote {out}; check it with: tinyllm sanity {out}")
+
+
+@app.command()
+def config(
+    path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="The run config, a TOML file.")] = None,
+    set_: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema, for editors, instead.")] = False,
+) -> None:
+    """Print the resolved config: every value, defaults and recipe included."""
+    from tinyllm.config import json_schema, to_toml
+
+    if schema:
+        import json
+
+        print(json.dumps(json_schema(), indent=2))
+        return
+    sys.stdout.write(to_toml(read_config(path or RUN_TOML, set_)))
+
+
+@app.command()
+def prepare(
+    path: ConfigPath = RUN_TOML,
+    set_: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Prepare again even if nothing changed.")] = False,
+) -> None:
+    """Turn the text into a tokenizer and token files."""
+    from tinyllm.prepare import prepare
+
+    settings = read_config(path, set_)
+    ui.show_prepared(ui.show_preparing(prepare(settings.data, force=force)))
+
+
+@app.command()
+def sanity(path: ConfigPath = RUN_TOML, set_: Overrides = None) -> None:
+    """Check the model, the config and the data before a run; exits with 1 if a check fails."""
+    settings = read_config(path, set_)
+    prepare_if_missing(settings)
+    from tinyllm.engine import open_run
+    from tinyllm.sanity import sanity
+
+    if not ui.show_sanity(sanity(open_run(settings))):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plot_lr(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="CONFIG...", help="Run configs to draw together.")
+    ] = None,
+    set_: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Draw a picture instead: lr.png or lr.svg.")] = None,
+) -> None:
+    """Draw the learning rate over the run; needs no data."""
+    from tinyllm.plot import lr_curves, picture
+
+    curves = lr_curves({str(path): read_config(path, set_) for path in paths or [RUN_TOML]})
+    if out is None:
+        ui.show_chart(curves)
+        return
+    picture(curves, out)
+    ui.note(f"wrote {out}")
+
+
+@app.command()
+def train(
+    path: ConfigPath = RUN_TOML,
+    set_: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that train.out_dir holds.")] = False,
+) -> None:
+    """Train a model; evaluate it and save it on the way."""
+    settings = read_config(path, set_)
+    from tinyllm.folder import claim
+
+    claim(settings.train.out_dir, overwrite)
+    prepare_if_missing(settings)
+    from tinyllm.engine import new_state, open_run
+
+    run = open_run(settings)
+    go(run, new_state(run))
+
+
+@app.command()
+def resume(
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint to go on from.")] = Path("out/ckpt.pt"),
+    set_: Overrides = None,
+) -> None:
+    """Go on with a run that was stopped, to the last bit as if it never had been."""
+    from tinyllm.engine import open_run, restore
+    from tinyllm.folder import reopen, trim_metrics
+
+    settings, loaded = reopen(checkpoint, set_ or ())
+    run = open_run(settings)
+    state = restore(run, loaded)
+    trim_metrics(settings.train.out_dir, state.step)
+    go(run, state)
+
+
+@app.command()
+def eval(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a folder: its best, then its latest.")] = Path(
+        "out"
+    ),
+    windows: Annotated[int, typer.Option(min=0, help="Windows a split, evenly spread; 0: the whole validation.")] = 0,
+    set_: Overrides = None,
+) -> None:
+    """Measure a checkpoint's loss on both splits."""
+    from tinyllm.checkpoint import find
+    from tinyllm.engine import evaluate, open_run, restore
+    from tinyllm.folder import reopen
+
+    settings, loaded = reopen(find(checkpoint), set_ or ())
+    run = open_run(settings)
+    model = restore(run, loaded).model
+    parts = {split: evaluate(run, model, split, windows) for split in ("train", "val")}
+    ui.show_evaluations({name: part for name, part in parts.items() if part}, run.data.entropy)
+
+
+@app.command()
+def sample(
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="How the text begins; - reads standard input.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="Read the prompt from a file.")] = None,
+    checkpoint: CheckpointPath = Path("out"),
+    n: Annotated[int, typer.Option("--num-samples", "-n", min=1, help="Samples.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a sample, at most.")] = 500,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Only the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Only the likeliest with this mass; 1: all.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 1337,
+    device: Device = "auto",
+) -> None:
+    """Let a trained model speak."""
+    from tinyllm.checkpoint import find, load
+    from tinyllm.generate import Sampling, Speaker
+
+    text = read_prompt(prompt, prompt_file)
+    path = find(checkpoint)
+    speaker = Speaker(load(path), device)
+    ids = speaker.encode(text)
+    ui.note(f"{path}, step {speaker.step:,}")
+    sampling = Sampling(temperature, top_k, top_p, max_new_tokens, seed)
+    ui.show_samples(text, speaker.speak(ids, sampling, n), n)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt's text, from the option, a file or standard input. Raises ConfigError."""
+    if prompt is not None and file is not None:
+        raise ConfigError("--prompt and --prompt-file are both given", fix="give one of them")
+    where = str(file) if file else "standard input"
+    try:
+        if file is not None:
+            return file.read_text(encoding="utf-8")
+        return sys.stdin.buffer.read().decode("utf-8") if prompt == "-" else prompt or ""
+    except UnicodeDecodeError:
+        raise ConfigError("the prompt is not UTF-8 text", where=where) from None
+    except OSError as error:
+        raise ConfigError(f"the prompt cannot be read: {error.strerror}", where=where) from None
+
+
+def read_config(path: Path, overrides: list[str] | None) -> "RunConfig":
+    from tinyllm.config import load
+
+    return load(path, overrides or ())
+
+
+def prepare_if_missing(settings: "RunConfig") -> None:
+    """Prepare the data when there is none yet. Data made for another config is left alone: the engine refuses it."""
+    from tinyllm.prepare import is_prepared, prepare
+
+    if not is_prepared(settings.data):
+        ui.show_prepared(ui.show_preparing(prepare(settings.data)))
+
+
+def go(run: "Run", state: "TrainState") -> None:
+    """Train to the end, or until a signal stops it; keep the metrics, show what happens."""
+    from tinyllm.engine import train
+    from tinyllm.events import Finished
+    from tinyllm.folder import record, write_config
+    from tinyllm.optim import parameter_groups
+
+    write_config(run.config)
+    started, first = time.monotonic(), state.step
+    ui.show_run(run, parameter_groups(state.model, run.config.optim), first)
+    out_dir = run.config.train.out_dir
+    with stop_on_signals() as caught:
+        end = ui.show_training(record(train(run, state, lambda: bool(caught)), out_dir), run, first)
+    if isinstance(end, Finished):
+        ui.show_finished(end, run, time.monotonic() - started)
+        return
+    ui.note(f"stopped at step {end.step:,}; it is saved, go on with: tinyllm resume {Path(out_dir) / 'ckpt.pt'}")
+    raise typer.Exit(128 + caught[0])
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[list[int]]:
+    """A list that the first SIGINT, SIGTERM or SIGHUP is put into; a second one ends the process as usual."""
+    caught: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        caught.append(number)
+        ui.note("stopping: finishing what must be finished, then saving (again to quit at once)")
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    previous: dict[int, Callable[..., object] | int | None] = {each: signal.signal(each, note) for each in numbers}
+    try:
+        yield caught
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)

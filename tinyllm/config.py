@@ -1,0 +1,421 @@
+"""The run config: one TOML file, typed sections, nothing hidden.
+
+    config = load("run.toml", overrides=["optim.lr=3e-4"])
+    config.optim.lr, config.model.n_layer
+    print(to_toml(config))          # every value, defaults included: what a run's folder keeps
+
+Reading is strict: an unknown key, a wrong type or two contradicting values are errors, and all of them are
+reported together. Sections are immutable. Values that follow from others (micro-batches a step, tokens a step)
+are properties, never stored. No torch here: `tinyllm --help` and `plot-lr` must stay instant.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+
+from tinyllm.errors import ConfigError
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A table of the run config: immutable, strictly typed, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """What text to learn from, and how it becomes tokens."""
+
+    source: str = Field(
+        "tales",
+        min_length=1,
+        description="`tales`, `shakespeare`, `tinystories`, or a path, folder, glob or URL of .txt or .jsonl",
+    )
+    dir: str = Field("data", min_length=1, description="folder of train.bin, val.bin and tokenizer.json")
+    tokenizer: str = Field(
+        "bpe", min_length=1, description="`char`, `byte`, `bpe`, `gpt2`, or the path of a tokenizer.json"
+    )
+    vocab_size: Positive = Field(1024, description="tokens in a `bpe` vocabulary; the others bring their own size")
+    val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the text held out, taken from its end")
+    separator: str = Field("<|endoftext|>", description="what marks the end of a document in a .txt; '' for nothing")
+    text_key: str = Field("text", min_length=1, description="the key that holds the text in a line of .jsonl")
+    tales_stories: Positive = Field(20_000, description="stories to write, for the source `tales`")
+    tales_seed: Count = Field(0, description="seed of the stories, for the source `tales`")
+
+
+class ModelConfig(Section):
+    """The transformer. A recipe sets the switches below it; a switch that is set wins over the recipe."""
+
+    recipe: Literal["gpt2", "modern"] = Field("gpt2", description="a named set of the switches from `norm` on")
+    n_layer: Positive = Field(4, description="transformer blocks")
+    n_head: Positive = Field(4, description="attention heads a block")
+    n_embd: Positive = Field(128, description="width of the residual stream")
+    block_size: Positive = Field(256, description="context length, tokens")
+    vocab_size: Count = Field(0, description="rows of the embedding; 0: as many as the tokenizer has")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the embedding and on each residual branch")
+    attn_dropout: float = Field(
+        0.0, ge=0, lt=1, description="on the attention weights; on a CPU it costs more than the rest of the step"
+    )
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation before each branch")
+    activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = Field(
+        "gelu_tanh", description="in the MLP; `gelu_tanh` is GPT-2's, `relu2` is relu(x)^2"
+    )
+    positions: Literal["learned", "rope"] = Field("learned", description="learned embedding, or rotary")
+    bias: bool = Field(True, description="biases in the linear layers and LayerNorms")
+    qk_norm: bool = Field(False, description="RMS-normalise queries and keys a head")
+    tie_embeddings: bool = Field(True, description="the output head is the token embedding")
+    zero_init: bool = Field(False, description="residual projections (and an untied head) start at zero")
+
+
+class OptimConfig(Section):
+    """The optimizer and its rates."""
+
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="`muon` updates the matrices with Muon and the rest with AdamW"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    min_lr: float = Field(1e-4, ge=0, description="learning rate at the end of the decay")
+    muon_lr: float = Field(0.02, gt=0, description="peak rate of Muon; follows the same curve as lr")
+    muon_momentum: Beta = Field(0.95, description="Nesterov momentum of Muon")
+    betas: Annotated[tuple[Beta, Beta], Strict(False)] = Field((0.9, 0.95), description="AdamW's two averages")
+    eps: float = Field(1e-8, gt=0, description="AdamW's denominator floor")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled; on tensors of two dimensions or more only")
+    decay_embeddings: bool = Field(True, description="decay the embedding tables too")
+    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+
+class ScheduleConfig(Section):
+    """The learning rate as a function of the step: warmup, then a decay."""
+
+    kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warmup")
+    warmup_steps: Count = Field(100, description="steps of linear warmup from 0 to lr")
+    decay_steps: Count = Field(0, description="step at which min_lr is reached; 0: train.max_steps")
+
+
+class TrainConfig(Section):
+    """The run: how long, how large a batch, when to look and to save."""
+
+    out_dir: str = Field("out", min_length=1, description="the run's folder: checkpoints, metrics, resolved config")
+    max_steps: Positive = Field(2000, description="optimizer steps")
+    batch_size: Positive = Field(12, description="sequences an optimizer step, all micro-batches together")
+    micro_batch_size: Count = Field(0, description="sequences a forward pass; 0: batch_size, no accumulation")
+    align_documents: bool = Field(
+        False, description="windows begin where a document does, so that a token is predicted from its whole document"
+    )
+    eval_interval: Positive = Field(250, description="steps between evaluations of both splits")
+    eval_windows: Count = Field(
+        200, description="windows of block_size tokens a split, evenly spread, always the same; 0: the whole val split"
+    )
+    save_interval: Positive = Field(250, description="steps between checkpoints")
+    log_interval: Positive = Field(10, description="steps between lines of metrics")
+    seed: Count = Field(1337, description="of the weights, the batches and the dropout")
+
+
+class RuntimeConfig(Section):
+    """Where and how it is computed. None of these but dtype is meant to change the result."""
+
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the forward pass (autocast); weights stay float32; auto: bfloat16 on CUDA, else float32"
+    )
+    compile: bool = Field(False, description="torch.compile, with a fallback to eager when it fails")
+    threads: Count = Field(0, description="CPU threads; 0: as many as there are physical cores")
+    prefetch: Count = Field(2, description="batches prepared ahead in the background; 0: none")
+
+
+class RunConfig(Section):
+    """Everything that defines a run."""
+
+    data: DataConfig = Field(DataConfig(), description=DataConfig.__doc__)
+    model: ModelConfig = Field(ModelConfig(), description=ModelConfig.__doc__)
+    optim: OptimConfig = Field(OptimConfig(), description=OptimConfig.__doc__)
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description=ScheduleConfig.__doc__)
+    train: TrainConfig = Field(TrainConfig(), description=TrainConfig.__doc__)
+    runtime: RuntimeConfig = Field(RuntimeConfig(), description=RuntimeConfig.__doc__)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences a forward pass sees."""
+        return self.train.micro_batch_size or self.train.batch_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches an optimizer step."""
+        return self.train.batch_size // self.micro_batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Target tokens an optimizer step learns from."""
+        return self.train.batch_size * self.model.block_size
+
+    @property
+    def decay_steps(self) -> int:
+        """The step at which the learning rate reaches its minimum."""
+        return self.schedule.decay_steps or self.train.max_steps
+
+
+# Only what differs between the recipes; `gpt2` is what the defaults above say.
+RECIPES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "modern": {
+        "norm": "rmsnorm",
+        "activation": "relu2",
+        "positions": "rope",
+        "bias": False,
+        "qk_norm": True,
+        "tie_embeddings": False,
+        "zero_init": True,
+    },
+}
+
+# What people who come from other trainers will type.
+ALIASES = {
+    "learning_rate": "optim.lr",
+    "max_lr": "optim.lr",
+    "beta1": "optim.betas",
+    "beta2": "optim.betas",
+    "max_iters": "train.max_steps",
+    "total_steps": "train.max_steps",
+    "warmup_iters": "schedule.warmup_steps",
+    "lr_decay_iters": "schedule.decay_steps",
+    "decay_lr": "schedule.kind",
+    "eval_iters": "train.eval_windows",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "grad_accum_steps": "train.micro_batch_size",
+    "dataset": "data.source",
+    "context_length": "model.block_size",
+    "max_seq_len": "model.block_size",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a config: the dotted key, the value, and what is wrong with it."""
+
+    key: str
+    message: str
+    value: Any = None
+    has_value: bool = True
+
+    def __str__(self) -> str:
+        shown = f" = {show(self.value)}" if self.has_value else ""
+        return f"{self.key}{shown}: {self.message}"
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override (`section.key=value`) and check a run config. Raises ConfigError naming every mistake."""
+    text = read_text(Path(path))
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not valid TOML: {error}", where=str(path)) from None
+    return check(raw, overrides, where=str(path), text=text)
+
+
+def check(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "config", text: str = "") -> RunConfig:
+    """A RunConfig from nested plain values (a parsed TOML, a checkpoint's record). Raises ConfigError.
+
+    `text` is the TOML the values came from, to name lines.
+    """
+    raw = apply_recipe(apply_overrides(raw, overrides))
+    config, problems = validate(raw)
+    bad = {problem.key for problem in problems}
+    problems += [p for keys, p in contradictions(config) if not bad & set(keys)]
+    if not problems:
+        return config
+    set_keys = {override.partition("=")[0].strip() for override in overrides}
+    lines = []
+    for problem in problems:
+        if problem.key in set_keys:
+            lines.append(f"--set {problem}")
+        else:
+            line = line_of(text, problem.key)
+            lines.append(f"{where}:{line}: {problem}" if line else f"{where}: {problem}")
+    raise ConfigError("\n".join(lines))
+
+
+def read_text(path: Path) -> str:
+    """The file's text, or a ConfigError that says why there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        fix = "`tinyllm new` lists the ready-made ones; `tinyllm new quickstart` writes one"
+        raise ConfigError("no such run config", where=str(path), fix=fix) from None
+    except UnicodeDecodeError:
+        raise ConfigError("not a text file (TOML is UTF-8 text)", where=str(path)) from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `raw` with each `section.key=value` set. A value is TOML; a bare word is a string."""
+    merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not (equals and dot and section and name):
+            fix = "write --set section.key=value, e.g. --set optim.lr=3e-4"
+            raise ConfigError(f"cannot read {override!r}", where="--set", fix=fix)
+        if not isinstance(merged.setdefault(section, {}), dict):
+            merged[section] = {}
+        merged[section][name] = parse_value(value.strip())
+    return merged
+
+
+def parse_value(text: str) -> Any:
+    """`3e-4`, `true`, `[0.9, 0.95]` as TOML reads them; anything that is not TOML is a string."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if parsed.keys() == {"value"} else text
+
+
+def apply_recipe(raw: dict[str, Any]) -> dict[str, Any]:
+    """Fill the model's switches from its recipe; switches that are set stay as they are."""
+    model = raw.get("model")
+    if isinstance(model, dict) and isinstance(model.get("recipe"), str):
+        raw = raw | {"model": RECIPES.get(model["recipe"], {}) | model}
+    return raw
+
+
+def validate(raw: Mapping[str, Any]) -> tuple[RunConfig, list[Problem]]:
+    """The config, with the default in place of each value that is wrong, and the list of what is wrong."""
+    try:
+        return RunConfig.model_validate(dict(raw)), []
+    except ValidationError as error:
+        problems = [problem_of(e) for e in error.errors()]
+    good = {k: dict(v) for k, v in raw.items() if k in RunConfig.model_fields and isinstance(v, Mapping)}
+    for problem in problems:
+        section, _, key = problem.key.partition(".")
+        good.get(section, {}).pop(key, None)
+    return RunConfig.model_validate(good), problems
+
+
+def problem_of(error: Mapping[str, Any]) -> Problem:
+    """pydantic's error in the words of someone who wrote a TOML file."""
+    loc, value = [str(part) for part in error["loc"]], error["input"]
+    key = ".".join(loc[:2])
+    if error["type"] == "extra_forbidden":
+        return Problem(key, unknown_key(loc), value, has_value=len(loc) > 1)
+    if len(loc) == 1:
+        return Problem(key, f"must be a section: [{key}]", value)
+    where = f"item {int(loc[2]) + 1} " if len(loc) > 2 and loc[2].isdigit() else ""
+    kinds = {
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "float_type": "must be a number",
+        "bool_type": "must be true or false",
+        "string_type": 'must be text in quotes, like "..."',
+        "string_too_short": "must not be empty",
+        "finite_number": "must be a finite number",
+        "tuple_type": "must be a list of two numbers, like [0.9, 0.95]",
+        "missing": "is missing (a list of two numbers is expected)",
+        "too_long": "must have two numbers",
+    }
+    message = kinds.get(error["type"]) or error["msg"].replace("Input should be", "must be")
+    return Problem(key, where + message, value)
+
+
+def unknown_key(loc: Sequence[str]) -> str:
+    """What to say of a key that no section has: the nearest one that exists."""
+    sections = {name: list(field.annotation.model_fields) for name, field in RunConfig.model_fields.items()}
+    if len(loc) == 1:
+        name = loc[0]
+        nearest = difflib.get_close_matches(name, sections, 1)
+        homes = [f"[{section}] {name}" for section, keys in sections.items() if name in keys]
+        hint = homes or [f"[{n}]" for n in nearest]
+        known = "the sections are " + ", ".join(sections)
+        return "unknown section" + (f"; did you mean {hint[0]}?" if hint else f"; {known}")
+    section, name = loc[0], loc[1]
+    if near := difflib.get_close_matches(name, sections[section], 1, cutoff=0.7):
+        return f"unknown key; did you mean {section}.{near[0]}?"
+    if name in ALIASES:
+        return f"unknown key; here it is {ALIASES[name]}"
+    for other, keys in sections.items():
+        if near := difflib.get_close_matches(name, keys, 1, cutoff=0.7):
+            return f"unknown key; did you mean {other}.{near[0]}?"
+    return f"unknown key; [{section}] has " + ", ".join(sections[section])
+
+
+def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    """Values that are each allowed but not together: the keys involved, and what to say."""
+    model, optim, train = config.model, config.optim, config.train
+    if model.n_embd % model.n_head:
+        message = f"must be a multiple of model.n_head = {model.n_head}"
+        yield ("model.n_embd", "model.n_head"), Problem("model.n_embd", message, model.n_embd)
+    elif model.positions == "rope" and (model.n_embd // model.n_head) % 2:
+        message = f"rotary positions need an even head size, n_embd / n_head = {model.n_embd // model.n_head} is odd"
+        yield ("model.n_embd", "model.n_head", "model.positions"), Problem("model.n_embd", message, model.n_embd)
+    if config.micro_batch_size > train.batch_size or train.batch_size % config.micro_batch_size:
+        message = f"must divide train.batch_size = {train.batch_size}"
+        problem = Problem("train.micro_batch_size", message, train.micro_batch_size)
+        yield ("train.micro_batch_size", "train.batch_size"), problem
+    if config.schedule.kind != "constant":
+        if optim.min_lr > optim.lr:
+            message = f"must not be above optim.lr = {show(optim.lr)}"
+            yield ("optim.min_lr", "optim.lr"), Problem("optim.min_lr", message, optim.min_lr)
+        if config.schedule.warmup_steps >= config.decay_steps:
+            end = "schedule.decay_steps" if config.schedule.decay_steps else "train.max_steps"
+            message = f"must be below {end} = {config.decay_steps}, or no step is left to decay in"
+            keys = ("schedule.warmup_steps", "schedule.decay_steps", "train.max_steps")
+            yield keys, Problem("schedule.warmup_steps", message, config.schedule.warmup_steps)
+    # A byte-level vocabulary starts with the 256 bytes and one end-of-text mark.
+    if config.data.tokenizer == "bpe" and config.data.vocab_size < 257:
+        message = "a byte-level BPE needs at least 257 (256 bytes and <|endoftext|>)"
+        keys = ("data.vocab_size", "data.tokenizer")
+        yield keys, Problem("data.vocab_size", message, config.data.vocab_size)
+
+
+def line_of(text: str, key: str) -> int:
+    """The line (from 1) on which `section.key` (or `[section]`) stands in a TOML text; 0 if not found."""
+    section, _, name = key.partition(".")
+    current = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        stripped = line.split("#")[0].strip()
+        if stripped.startswith("["):
+            current = stripped.strip("[] ")
+            if not name and current == section:
+                return number
+        left = stripped.partition("=")[0].strip().strip("\"'")
+        if "=" in stripped and ((current == section and left == name) or (not current and left in (key, section))):
+            return number
+    return 0
+
+
+def show(value: Any) -> str:
+    """A value as TOML would write it, shortened."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str):
+        return f'"{value}"' if len(value) < 60 else f'"{value[:57]}..."'
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested plain values, as TOML and checkpoints hold them (tuples become lists)."""
+    return config.model_dump(mode="json")
+
+
+def to_toml(config: RunConfig) -> str:
+    """The resolved config: every key, defaults included. `load` gives the same config back."""
+    return tomli_w.dumps(to_dict(config))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the run config, for editors (Even Better TOML and taplo read it)."""
+    return RunConfig.model_json_schema() | {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "tinyllm run config",
+    }

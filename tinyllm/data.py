@@ -1,0 +1,294 @@
+"""Token files and the batches drawn from them.
+
+A token file is a 128-byte header (see `Header`) followed by token ids, little-endian uint16 or uint32.
+
+    with TokenWriter("data/train.bin", vocab_size=65, tokenizer_hash=hash) as out:
+        out.write([1, 2, 3], text_bytes=3)
+    tokens, header = open_tokens("data/train.bin")          # memory-mapped: costs nothing until it is read
+    source = BatchSource(train=tokens, val=..., block_size=64, batch_size=12, seed=1337)
+    inputs, targets = source.batch(step=0)                  # each (batch_size, block_size), int64
+
+`batch(step)` is a pure function of (seed, step): there is no position to save and none to lose, batches can be
+prepared ahead, and micro-batches are slices of the global batch. NumPy only; the engine turns arrays into tensors.
+"""
+
+import os
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+
+from tinyllm.errors import DataError
+
+MAGIC = b"tinyllm\n"
+VERSION = 1
+HEADER_FORMAT = "<8sIIQQI32s"  # magic, version, bytes a token, tokens, bytes of text, vocabulary, tokenizer's SHA-256
+HEADER_SIZE = 128  # padded: room for later fields, and the ids stay aligned
+IGNORED = -100  # a target that does not count; torch's cross_entropy knows it by this number
+DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a token file says about itself."""
+
+    count: int  # tokens
+    text_bytes: int  # UTF-8 bytes of the text they stand for
+    vocab_size: int
+    tokenizer_hash: str  # SHA-256 of tokenizer.json, hexadecimal
+    itemsize: int  # bytes a token: 2 up to 65,536 tokens in the vocabulary, else 4
+
+    def pack(self) -> bytes:
+        fields = (self.itemsize, self.count, self.text_bytes, self.vocab_size, bytes.fromhex(self.tokenizer_hash))
+        return struct.pack(HEADER_FORMAT, MAGIC, VERSION, *fields).ljust(HEADER_SIZE, b"\0")
+
+
+class TokenWriter:
+    """Writes a token file beside its place and moves it there once it is whole. A context manager."""
+
+    def __init__(self, path: str | Path, *, vocab_size: int, tokenizer_hash: str) -> None:
+        self.path = Path(path)
+        self.aside = self.path.with_name(self.path.name + ".tmp")
+        self.vocab_size, self.tokenizer_hash = vocab_size, tokenizer_hash
+        self.dtype = DTYPES[2 if vocab_size <= 1 << 16 else 4]
+        self.count = self.text_bytes = 0
+
+    def __enter__(self) -> Self:
+        self.file = open(self.aside, "wb")
+        self.file.write(bytes(HEADER_SIZE))
+        return self
+
+    def write(self, ids: Sequence[int] | np.ndarray, text_bytes: int) -> None:
+        """Append ids, which stand for `text_bytes` bytes of text. Raises DataError for an id out of range."""
+        array = np.asarray(ids, dtype=np.int64)
+        if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
+            what = f"token ids {array.min()} to {array.max()} do not fit the vocabulary of {self.vocab_size}"
+            raise DataError(what, where=str(self.path))
+        self.file.write(array.astype(self.dtype).tobytes())
+        self.count += array.size
+        self.text_bytes += text_bytes
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.file.seek(0)
+                self.file.write(self.header.pack())
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            self.file.close()
+            if kind is None:
+                os.replace(self.aside, self.path)
+        finally:
+            self.file.close()
+            self.aside.unlink(missing_ok=True)
+
+    @property
+    def header(self) -> Header:
+        return Header(self.count, self.text_bytes, self.vocab_size, self.tokenizer_hash, self.dtype.itemsize)
+
+
+def read_header(path: str | Path) -> Header:
+    """The header of a token file, checked against the file's size. Raises DataError."""
+    where, again = str(path), "prepare the data again: `tinyllm prepare run.toml --force`"
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEADER_SIZE)
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise DataError("no such token file", where=where, fix="`tinyllm prepare run.toml` makes it") from None
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=where) from None
+    if len(head) < HEADER_SIZE or not head.startswith(MAGIC):
+        raise DataError("not a token file of tinyllm", where=where, fix=again)
+    fields = struct.unpack_from(HEADER_FORMAT, head)
+    _, version, itemsize, count, text_bytes, vocab_size, digest = fields
+    if version != VERSION or itemsize not in DTYPES:
+        raise DataError(
+            f"token file of version {version}; this tinyllm reads version {VERSION}", where=where, fix=again
+        )
+    if size != HEADER_SIZE + count * itemsize:
+        what = f"the header says {count:,} tokens, the file holds {(size - HEADER_SIZE) / itemsize:,.1f}"
+        raise DataError(what, where=where, fix=again)
+    return Header(count, text_bytes, vocab_size, digest.hex(), itemsize)
+
+
+def open_tokens(path: str | Path) -> tuple[np.ndarray, Header]:
+    """The ids of a token file as a read-only memory map, (count,), and its header. Raises DataError."""
+    header = read_header(path)
+    if header.count == 0:
+        return np.empty(0, DTYPES[header.itemsize]), header
+    return np.memmap(path, DTYPES[header.itemsize], "r", HEADER_SIZE, (header.count,)), header
+
+
+class BatchSource:
+    """Batches of windows of two token arrays.
+
+    Windows lie end to end; with `end_token`, the id that ends a document, each begins where a document does (or, in a
+    long one, block_size tokens on), so that a token is predicted from its own document, not from the rest of another.
+    Raises DataError when a split is too short for one window, or has no document ends though `end_token` is given.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: np.ndarray,
+        val: np.ndarray,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        end_token: int | None = None,
+        where: str = "",
+    ) -> None:
+        self.splits = {"train": train, "val": val}
+        self.block_size, self.batch_size, self.seed, self.end_token = block_size, batch_size, seed, end_token
+        for name, tokens in self.splits.items():
+            if len(tokens) <= block_size:
+                what = (
+                    f"the {name} split has {len(tokens):,} tokens; one window needs block_size + 1 = {block_size + 1:,}"
+                )
+                fix = f"more text, another data.val_fraction, or model.block_size below {max(len(tokens), 2):,}"
+                raise DataError(what, where=where, fix=fix)
+        self.starts = None if end_token is None else document_windows(train, end_token, block_size)[0]
+        if self.starts is not None:
+            self.starts = self.starts[
+                self.starts < len(train) - block_size
+            ]  # the others are cut off by the split's end
+            if not len(self.starts):
+                fix = "set train.align_documents = false"
+                raise DataError("train.align_documents is set, but no document's end is marked", where=where, fix=fix)
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The global batch of a step: inputs and targets, each (batch_size, block_size), int64.
+
+        An epoch reads each window once, in random order; the next one cuts the text at another offset. All of it
+        follows from (seed, step) alone: sequence k of the run is window permuted(k mod n) of epoch k div n.
+        """
+        tokens, size = self.splits["train"], self.block_size
+        # One window less than fit end to end, so that the offset has room to differ.
+        n_windows = max((len(tokens) - 1) // size - 1, 1) if self.starts is None else len(self.starts)
+        epochs, places = np.divmod(step * self.batch_size + np.arange(self.batch_size), n_windows)
+        starts = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            key = splitmix64(np.array([self.seed, epoch], np.uint64))
+            rows = epochs == epoch
+            shuffled = permuted(places[rows], n_windows, key)
+            if self.starts is None:
+                room = len(tokens) - n_windows * size
+                starts[rows] = shuffled * size + int(mixed(key[0], key[1]) % np.uint64(room))
+            else:
+                starts[rows] = self.starts[shuffled]
+        return windows(tokens, starts, size)
+
+    def eval_batches(self, split: str, n_windows: int, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Windows of a split that are the same at each call, in batches of at most `rows`.
+
+        `n_windows` evenly spread ones, or, for 0, as many as the validation split has; the training split is read at as
+        many places, so that the two losses compare. Over the whole split each target is predicted once: where a window
+        reaches beyond its document or the split's end, its targets are IGNORED.
+        """
+        starts, lengths = self.eval_windows(split)
+        count = min(n_windows or len(self.eval_windows("val")[0]), len(starts))
+        chosen = np.arange(count) * len(starts) // count
+        for first in range(0, count, rows):
+            some = chosen[first : first + rows]
+            yield windows(self.splits[split], starts[some], self.block_size, lengths[some])
+
+    def eval_windows(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Where the windows of a whole split start, and how many targets each has; both (windows,), int64."""
+        tokens, size = self.splits[split], self.block_size
+        if self.end_token is not None:
+            return document_windows(tokens, self.end_token, size)
+        starts = np.arange(0, len(tokens) - 1, size)
+        return starts, np.minimum(size, len(tokens) - 1 - starts)
+
+
+def document_windows(tokens: np.ndarray, end_token: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts of windows that begin with a document, and the targets each has; both (windows,), int64.
+
+    A window starts on the end of the document before, whose target is the first token of its own. A document of more
+    than `size` tokens goes on in further windows.
+    """
+    parts = range(0, len(tokens), 1 << 24)  # a memory map is read part by part
+    ends = [np.flatnonzero(tokens[first : first + (1 << 24)] == end_token) + first for first in parts]
+    bounds = np.unique(np.concatenate([[0], *ends, [len(tokens) - 1]]))
+    pieces = -(-np.diff(bounds) // size)
+    first_piece = np.repeat(np.cumsum(pieces) - pieces, pieces)
+    starts = np.repeat(bounds[:-1], pieces) + (np.arange(pieces.sum()) - first_piece) * size
+    return starts, np.minimum(size, np.repeat(bounds[1:], pieces) - starts)
+
+
+def permuted(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+    """Where a random permutation of range(n), chosen by key (2,), uint64, sends each index; both (k,), int64.
+
+    A Feistel network shuffles the numbers below a power of four that is not below n; an index that it sends beyond n
+    goes through it again ("cycle walking", Black & Rogaway 2002). So a place in the shuffle costs the same at any n,
+    and no memory.
+    """
+    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    result = index.astype(np.uint64)
+    todo = np.ones(len(result), bool)
+    while todo.any():
+        left, right = result[todo] >> half, result[todo] & mask
+        for number in range(6):
+            left, right = right, left ^ (mixed(right + (np.uint64(number) << half), key[0], key[1]) & mask)
+        result[todo] = left << half | right
+        todo = result >= n
+    return result.astype(np.int64)
+
+
+def mixed(*values: np.ndarray) -> np.ndarray:
+    """One well-mixed uint64 of several."""
+    state = np.uint64(0)
+    for value in values:
+        state = splitmix64(value ^ state)
+    return state
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """A well-mixed 64-bit function of each element, uint64 (Steele, Lea & Flood 2014)."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def windows(
+    tokens: np.ndarray, starts: np.ndarray, size: int, lengths: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets, each (len(starts), size), int64: targets are the inputs one token on. The one shift.
+
+    With `lengths` (len(starts),) the targets from there on are IGNORED, and a window may reach beyond the array's end.
+    """
+    places = starts[:, None] + np.arange(size + 1)
+    if lengths is None:
+        rows = tokens[places].astype(np.int64)
+        return rows[:, :-1], rows[:, 1:]
+    rows = tokens[np.minimum(places, len(tokens) - 1)].astype(np.int64)
+    return rows[:, :-1], np.where(np.arange(size) < lengths[:, None], rows[:, 1:], IGNORED)
+
+
+def prefetch(make: Callable[[int], T], first: int, last: int, ahead: int) -> Iterator[T]:
+    """make(first), ..., make(last - 1), the next `ahead` of them prepared by a background thread."""
+    if ahead == 0:
+        yield from map(make, range(first, last))
+        return
+    with ThreadPoolExecutor(1, "tinyllm-batches") as pool:
+        waiting: deque[Future[T]] = deque()
+        try:
+            for index in range(first, last):
+                waiting.append(pool.submit(make, index))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,114 @@
+"""Sampling: a model, a prompt, and new tokens one at a time.
+
+    for ids in generate(model, prompt_ids, Sampling(temperature=0.8, top_p=0.9, seed=1), n_samples=3):
+        ...                                  # a list of 3 ids a step; None for a sample that has ended
+
+Each sample is a pure function of (weights, prompt, settings, seed, its index): the random number behind token t of
+sample i comes from a counter, so asking for more samples, or for other lengths, changes none of the others.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyllm import tokenizer as tok
+from tinyllm.checkpoint import Checkpoint, load_weights
+from tinyllm.config import check
+from tinyllm.model import GPT, KVCache
+from tinyllm.runtime import choose_device
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose among the next tokens."""
+
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int = 0  # only the k most likely tokens; 0: all
+    top_p: float = 1.0  # only the most likely tokens that together have this probability (Holtzman et al. 2019)
+    max_new_tokens: int = 500
+    seed: int = 1337
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT, prompt: Sequence[int], sampling: Sampling, *, n_samples: int = 1, end_token: int | None = None
+) -> Iterator[list[int | None]]:
+    """Yield, for each new token position, one id a sample; None once a sample has produced `end_token`.
+
+    The prompt (at least one id) is cropped to its last block_size tokens. Beyond the context the window slides: its
+    older half is dropped and the rest read again, so a token costs the same however long the text grows.
+    """
+    model.eval()
+    device, block_size = model.wte.weight.device, model.config.block_size
+    history = torch.tensor([list(prompt)[-block_size:]] * n_samples, device=device)
+    uniforms = [
+        np.random.Generator(np.random.Philox(key=sampling.seed, counter=[0, 0, i, 0])) for i in range(n_samples)
+    ]
+    ended = [False] * n_samples
+    cache, new = KVCache(model, n_samples), history
+    for _ in range(sampling.max_new_tokens):
+        if cache.length + new.shape[1] > block_size:
+            cache, new = KVCache(model, n_samples), history[:, -max(1, block_size // 2) :]
+        logits = model(new, cache)[:, -1]
+        draws = torch.tensor([u.random() for u in uniforms], dtype=torch.float64)
+        chosen = choose(logits, sampling, draws)
+        step_ids = [None if ended[i] or token == end_token else token for i, token in enumerate(chosen.tolist())]
+        ended = [token is None for token in step_ids]
+        yield step_ids
+        if all(ended):
+            return
+        new = chosen.to(device)[:, None]
+        history = torch.cat((history, new), dim=1)[:, -block_size:]
+
+
+def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
+    """Next ids (N,), int64, on the CPU, from logits (N, V) and uniform draws (N,) in [0, 1).
+
+    Tokens are put in the order of their probability, so that top-k and top-p both keep a first part of it; the draw,
+    stretched to the mass of that part, picks from its cumulative distribution (inversion).
+    """
+    logits = logits.cpu().double()
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    ordered, ids = (logits / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k:
+        ordered, ids = ordered[:, : sampling.top_k], ids[:, : sampling.top_k]
+    cumulative = ordered.softmax(-1).cumsum(-1)
+    # A token stays if the ones before it have not reached top_p: the first always does.
+    before = torch.cat((torch.zeros_like(cumulative[:, :1]), cumulative[:, :-1]), dim=1)
+    kept = (before < sampling.top_p).sum(-1, keepdim=True)
+    mass = cumulative.gather(1, kept - 1)
+    picked = torch.searchsorted(cumulative, draws[:, None] * mass, right=True).minimum(kept - 1)
+    return ids.gather(1, picked)[:, 0]
+
+
+class Speaker:
+    """A checkpoint that can speak: its model, its tokenizer, and how its documents begin and end."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
+        self.step = checkpoint.step
+        self.device, _ = choose_device(device)
+        self.tokenizer = tok.from_json(checkpoint.tokenizer)
+        config = check(checkpoint.config, where="the checkpoint's config")
+        self.model = GPT(config.model, checkpoint.vocab_size)
+        load_weights(self.model, checkpoint.model)
+        self.model.to(self.device)
+        # A tokenizer may have an end-of-text token that its training text never showed to the model.
+        has_documents = bool(checkpoint.data.get("documents"))
+        self.end_token = tok.end_of_text(self.tokenizer) if has_documents else None
+
+    def encode(self, prompt: str) -> list[int]:
+        """The prompt's ids, at least one: where documents are marked, each begins after the end of another."""
+        ids = tok.encode(self.tokenizer, prompt)
+        if self.end_token is not None:
+            return [self.end_token, *ids]
+        return ids or tok.encode(self.tokenizer, "\n")
+
+    def speak(self, ids: Sequence[int], sampling: Sampling, n_samples: int) -> Iterator[list[str | None]]:
+        """Yield for each step the new text of each sample, as soon as its characters are whole; None at its end."""
+        pieces = [tok.stream(self.tokenizer) for _ in range(n_samples)]
+        for step in generate(self.model, ids, sampling, n_samples=n_samples, end_token=self.end_token):
+            yield [None if id is None else pieces[i](id) for i, id in enumerate(step)]

@@ -1,0 +1,196 @@
+"""The GPT: token ids (B, T) in, logits (B, T, vocab_size) out. Prints nothing, knows no optimizer.
+
+    model = GPT(config.model, vocab_size=65)
+    init_weights(model, seed=1337)
+    logits = model(tokens)                       # training: the whole window at once
+    cache = KVCache(model, batch_size=1)
+    logits = model(prompt, cache)                # generation: the prompt first,
+    logits = model(token, cache)                 # then one token at a time
+
+Shapes: B batch, T time (tokens), C = n_embd, H = n_head, D = C / H, V = vocab_size.
+The two recipes are Radford et al. 2019 (`gpt2`) and, for `modern`, RMSNorm (Zhang & Sennrich 2019), rotary positions
+(Su et al. 2021), query-key normalisation (Henry et al. 2020), squared ReLU (So et al. 2021) and zero-initialised
+residual projections.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tinyllm.config import ModelConfig
+
+INIT_STD = 0.02  # GPT-2
+ROPE_BASE = 10_000.0
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=1e-6)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, all heads in one matrix product."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head, self.attn_dropout = config.n_head, config.attn_dropout
+        self.qk_norm = config.qk_norm
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: "KVCache | None", layer: int) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        y = attend(q, k, v, self.attn_dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Attention of queries (B, H, T, D) to keys and values (B, H, S, D): causal for T > 1; one query sees all S."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        # The backward pass of the fused kernel is 2 to 8 times slower in bfloat16 than in float32 on a CPU
+        # (torch 2.13), more than all matrix products of a small model together.
+        with torch.autocast("cpu", enabled=False):
+            return attend(q.float(), k.float(), v.float(), dropout)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, dropout_p=dropout)
+
+
+class MLP(nn.Module):
+    """The position-wise half of a block: C -> 4 C -> C (SwiGLU: 8/3 C, for the same number of weights)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        swiglu = config.activation == "swiglu"
+        hidden = math.ceil(config.n_embd * 8 / 3 / 32) * 32 if swiglu else 4 * config.n_embd
+        self.fc = nn.Linear(config.n_embd, 2 * hidden if swiglu else hidden, bias=config.bias)
+        self.proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        match self.activation:
+            case "gelu":
+                x = F.gelu(x)
+            case "gelu_tanh":
+                x = F.gelu(x, approximate="tanh")
+            case "relu2":
+                x = F.relu(x).square()
+            case "swiglu":
+                gate, up = x.chunk(2, dim=-1)
+                x = F.silu(gate) * up
+        return self.proj(x)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.norm_1, self.attn = make_norm(config), Attention(config)
+        self.norm_2, self.mlp = make_norm(config), MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: "KVCache | None", layer: int) -> Tensor:
+        x = x + F.dropout(self.attn(self.norm_1(x), rope, cache, layer), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm_2(x)), self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.wte = nn.Embedding(vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config)
+        # A tied head has no tensor of its own, so that nothing is saved, counted or decayed twice.
+        self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, vocab_size, bias=False)
+        if config.positions == "rope":
+            cos, sin = rope_tables(config.block_size, config.n_embd // config.n_head)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+
+    def forward(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """Logits (B, T, V) of the next token at each position of tokens (B, T), int64, T <= block_size.
+
+        With a cache, tokens continue what it holds (an empty one takes any T, a filled one T = 1).
+        """
+        T = tokens.shape[1]
+        start = 0 if cache is None else cache.length
+        x = self.wte(tokens)
+        rope = None
+        if self.wpe is not None:
+            x = x + self.wpe.weight[start : start + T]
+        else:
+            rope = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, cache, layer)
+        if cache is not None:
+            cache.length += T
+        x = self.norm(x)
+        return F.linear(x, self.wte.weight) if self.head is None else self.head(x)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, (B, H, block_size, D) a layer. `length` of them are filled."""
+
+    def __init__(self, model: GPT, batch_size: int, dtype: torch.dtype = torch.float32) -> None:
+        config = model.config
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        device = model.wte.weight.device
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, H, T, D) after what is there; return all keys and values of the layer."""
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+def rope_tables(block_size: int, head_size: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, each (block_size, head_size / 2), float32 (Su et al. 2021, eq. 15)."""
+    frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    angles = torch.outer(torch.arange(block_size, dtype=torch.float64), frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[i], x[i + D/2]) of (B, H, T, D) by their position's angles (T, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+@torch.no_grad()
+def init_weights(model: GPT, seed: int) -> None:
+    """GPT-2's initialization: normal(0, 0.02), residual projections over sqrt(2 n_layer), biases zero.
+
+    With `zero_init`, residual projections and an untied head start at zero instead. Drawn on the CPU from a generator
+    of its own, so the weights depend on the seed alone, not on the device or on what was drawn before.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    residual_std = INIT_STD / math.sqrt(2 * model.config.n_layer)
+    for name, parameter in model.named_parameters():
+        is_residual, is_head = name.endswith("proj.weight"), name == "head.weight"
+        if parameter.dim() < 2:
+            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        elif model.config.zero_init and (is_residual or is_head):
+            parameter.zero_()
+        else:
+            std = residual_std if is_residual else INIT_STD
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

@@ -1,0 +1,118 @@
+"""Which parameter is updated how: decay groups, and the optimizers over them.
+
+    for group in parameter_groups(model, config.optim):
+        print(group.name, len(group.names), group.count)     # decay 18 811,392 / no_decay 9 1,152
+    optimizers = build_optimizers(model, config.optim)
+    set_learning_rate(optimizers, factor)                    # factor in [0, 1] of each group's peak
+
+Weight decay is for matrices that multiply activations: tensors of two or more dimensions. Biases and norm gains, of one
+dimension, are left alone. Whether embedding tables decay is the config's choice (`optim.decay_embeddings`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinyllm.config import OptimConfig
+
+Optimizers = list[torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are treated alike."""
+
+    name: str  # decay, no_decay, muon
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    weight_decay: float
+    peak_lr: float
+
+    @property
+    def count(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGroup]:
+    """Every trainable parameter of the model in exactly one group; empty groups are left out."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    members: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "decay": {}, "no_decay": {}}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_embedding = id(parameter) in embeddings
+        if config.name == "muon" and parameter.dim() == 2 and not is_embedding and name != "head.weight":
+            members["muon"][name] = parameter
+        elif parameter.dim() >= 2 and (config.decay_embeddings or not is_embedding):
+            members["decay"][name] = parameter
+        else:
+            members["no_decay"][name] = parameter
+    return [
+        ParameterGroup(
+            group,
+            tuple(named),
+            tuple(named.values()),
+            weight_decay=0.0 if group == "no_decay" else config.weight_decay,
+            peak_lr=config.muon_lr if group == "muon" else config.lr,
+        )
+        for group, named in members.items()
+        if named
+    ]
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
+    """AdamW over its groups, and for `muon` a Muon (Jordan et al. 2024) over the matrices inside the blocks."""
+    groups = parameter_groups(model, config)
+    as_dicts = {
+        group.name: {
+            "params": list(group.parameters),
+            "names": list(group.names),
+            "lr": group.peak_lr,
+            "peak_lr": group.peak_lr,
+            "weight_decay": group.weight_decay,
+        }
+        for group in groups
+    }
+    optimizers: Optimizers = []
+    if muon := as_dicts.pop("muon", None):
+        optimizers.append(torch.optim.Muon([muon], momentum=config.muon_momentum))
+    # One fused kernel for all tensors; every device we run on (CPU, CUDA, MPS) has it.
+    adamw = torch.optim.AdamW(list(as_dicts.values()), betas=config.betas, eps=config.eps, fused=True)
+    return [*optimizers, adamw]
+
+
+def set_learning_rate(optimizers: Optimizers, factor: float) -> None:
+    """Give *every* group its peak rate times `factor`."""
+    for group in all_groups(optimizers):
+        group["lr"] = group["peak_lr"] * factor
+
+
+def all_groups(optimizers: Optimizers) -> Iterable[dict[str, Any]]:
+    return (group for optimizer in optimizers for group in optimizer.param_groups)
+
+
+def state_by_name(optimizers: Optimizers) -> dict[str, dict[str, Any]]:
+    """The optimizers' state keyed by parameter name, as a checkpoint keeps it."""
+    return {
+        name: dict(optimizer.state[parameter])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        if parameter in optimizer.state
+    }
+
+
+def load_state_by_name(optimizers: Optimizers, state: dict[str, dict[str, Any]]) -> None:
+    """Put what `state_by_name` returned into optimizers built for the same model and config."""
+    for optimizer in optimizers:
+        own = optimizer.state_dict()  # numbers the parameters; load_state_dict moves tensors to their devices
+        numbered = {
+            number: state[name]
+            for group in own["param_groups"]
+            for number, name in zip(group["params"], group["names"], strict=True)
+            if name in state
+        }
+        optimizer.load_state_dict(own | {"state": numbered})

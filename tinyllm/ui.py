@@ -1,0 +1,341 @@
+"""What a person sees: the only module that knows rich. Results go to standard output, all else to standard error."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from tinyllm import __version__
+from tinyllm.errors import TinyLLMError
+from tinyllm.events import Evaluated, Evaluation, Event, Finished, Note, Saved, StepDone, Stopped
+from tinyllm.examples import Example
+
+if TYPE_CHECKING:  # these import NumPy, some of them torch, which `--help` must not wait for
+    from tinyllm.engine import Run
+    from tinyllm.optim import ParameterGroup
+    from tinyllm.plot import Curve
+    from tinyllm.prepare import Prepared
+    from tinyllm.prepare import Progress as Preparing
+    from tinyllm.sanity import Result
+
+PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal to redraw
+VERDICTS = {"pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
+
+
+def stdout() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def show_error(error: TinyLLMError) -> None:
+    """What is wrong and where in red, the fix below it."""
+    console = stderr()
+    where = f"{error.where}: " if error.where else ""
+    console.print(Text.assemble(("error: ", "bold red"), where + error.what))
+    if error.fix:
+        console.print(Text.assemble(("  fix: ", "bold"), error.fix))
+
+
+def note(text: str) -> None:
+    """A line of progress."""
+    stderr().print(Text(text, style="dim"))
+
+
+def result(text: str) -> None:
+    """A line of result, as it is."""
+    stdout().print(Text(text))
+
+
+# ---- prepare ----
+
+
+def show_preparing(events: "Iterable[Preparing | Prepared]") -> "Prepared":
+    """Draw a progress bar in bytes while the data is prepared; return what came of it."""
+    from tinyllm.prepare import Prepared
+
+    console = stderr()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    prepared = None
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+        for event in events:
+            if isinstance(event, Prepared):
+                prepared = event
+                continue
+            if event.stage not in tasks:
+                tasks[event.stage] = bar.add_task(event.stage, total=event.total or None)
+                if not console.is_terminal:
+                    console.print(f"{event.stage} ...")
+            bar.update(tasks[event.stage], completed=event.done, total=event.total or None)
+    assert prepared is not None
+    return prepared
+
+
+def show_prepared(prepared: "Prepared") -> None:
+    """What the data is, and the losses that a model of it must beat."""
+    out = stdout()
+    if prepared.reasons and prepared.reasons != ("new",):
+        note("prepared again: " + "; ".join(prepared.reasons))
+    if not prepared.reasons:
+        note("nothing changed since it was prepared")
+    head = f"{prepared.dir}/: {prepared.source}, {prepared.tokenizer} tokens, vocabulary {prepared.vocab_size:,}"
+    out.print(Text(head, style="bold"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    for name in ("", "tokens", "characters", "documents"):
+        table.add_column(name, justify="left" if not name else "right", header_style="dim")
+    for name, split in (("training", prepared.train), ("validation", prepared.val)):
+        documents = f"{split.documents:,}" if split.documents else "-"
+        table.add_row(name, f"{split.tokens:,}", f"{split.characters:,}", documents)
+    out.print(table)
+    overlap = f"{prepared.overlap:.1%} of the validation windows occur in training"
+    out.print(f"{prepared.bytes_per_token:.2f} bytes a token; {overlap}")
+    rungs = {"unigram": prepared.unigram_entropy, "bigram": prepared.bigram_entropy}
+    floor = {} if prepared.entropy is None else {"the grammar itself": prepared.entropy}
+    ladder = "  ".join(f"{name} {value:.3f}" for name, value in (rungs | floor).items())
+    out.print(f"validation loss, nats a token: {ladder}")
+
+
+# ---- sanity ----
+
+
+def show_sanity(results: Iterable["Result"]) -> bool:
+    """Each verdict as it comes; True if nothing failed."""
+    out = stdout()
+    counts = {"pass": 0, "warn": 0, "fail": 0}
+    started = time.monotonic()
+    for item in results:
+        counts[item.verdict] += 1
+        mark, style = VERDICTS[item.verdict]
+        out.print(Text.assemble((f"{mark} ", style), (f"{item.name:<18}", "bold"), item.measured))
+        if item.verdict != "pass":
+            out.print(Text.assemble(" " * 20, ("expected ", "dim"), item.expected))
+            if item.fix:
+                out.print(Text.assemble(" " * 20, ("fix ", "bold"), item.fix))
+    words = [f"{counts['pass']} passed"]
+    words += [f"{counts[v]} {word}" for v, word in (("warn", "to look at"), ("fail", "failed")) if counts[v]]
+    style = "bold red" if counts["fail"] else "bold green"
+    out.print(Text.assemble((", ".join(words), style), f" in {time.monotonic() - started:.1f} s"))
+    return not counts["fail"]
+
+
+# ---- train ----
+
+
+def show_run(run: "Run", groups: Sequence["ParameterGroup"], step: int) -> None:
+    """What is about to be trained, on what, where, and how long."""
+    config, data = run.config, run.data
+    model, train = config.model, config.train
+    steps = train.max_steps - step
+    tokens = steps * config.tokens_per_step
+    parameters = sum(group.count for group in groups)
+    accumulation = f" in {config.accumulation_steps} micro-batches" if config.accumulation_steps > 1 else ""
+    rows = {
+        "data": f"{data.source}, {data.tokenizer} tokens, vocabulary {data.vocab_size:,}: {data.train.tokens:,}",
+        "model": f"{model.recipe}, {model.n_layer} layers of {model.n_embd}, context {model.block_size}: "
+        f"{parameters:,} parameters",
+        "optim": ", ".join(f"{g.name} {len(g.names)} tensors ({g.count:,})" for g in groups),
+        "device": run.runtime.summary,
+        "steps": f"{steps:,} of {config.tokens_per_step:,} tokens{accumulation}: "
+        f"{quantity(tokens)} tokens, {tokens / data.train.tokens:.1f} epochs",
+    }
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console = stderr()
+    goes_on = f" goes on at step {step:,}" if step else ""
+    console.print(Text.assemble((f"tinyllm {__version__}", "bold"), f"  {train.out_dir}/{goes_on}"))
+    console.print(table, soft_wrap=False)
+
+
+def show_training(events: Iterable[Event], run: "Run", step: int) -> Finished | Stopped:
+    """A live line (in a terminal) and a table of evaluations that grows as they come; returns how it ended."""
+    console, config = stderr(), run.config
+    clock = Clock(step, config.tokens_per_step)
+    last: Finished | Stopped | None = None
+    with live_line(console, step, config.train.max_steps) as update:
+        console.print(
+            Text(f"{'step':>9}  {'train loss':>10}  {'val loss':>9}  {'perplexity':>10}  {'bits/byte':>9}", "dim")
+        )
+        for event in events:
+            match event:
+                case StepDone():
+                    rate = clock.tick(event.step)
+                    eta = clock.eta(config.train.max_steps)
+                    update(event.step, f"loss {event.loss:.3f}  lr {event.lr:.1e}  {quantity(rate)} tok/s  {eta} left")
+                case Evaluated():
+                    console.print(evaluation_row(event))
+                    clock.skip()
+                case Saved():
+                    clock.skip()
+                case Note():
+                    console.print(Text(event.text, "dim"))
+                    clock.skip()
+                case Finished() | Stopped():
+                    last = event
+    assert last is not None
+    return last
+
+
+def evaluation_row(event: Evaluated) -> Text:
+    val = event.val
+    losses = f"{event.step:>9,}  {event.train.loss:>10.4f}  {val.loss:>9.4f}"
+    others = f"  {val.perplexity:>10.2f}  {val.bits_per_byte:>9.3f}"
+    return Text.assemble(losses, others, ("  best" if event.is_best else "", "green"))
+
+
+class Clock:
+    """Tokens a second over the last stretch of steps, and the time left, evaluations and saves included."""
+
+    def __init__(self, step: int, tokens_per_step: int) -> None:
+        self.start_step = self.step = step
+        self.tokens_per_step = tokens_per_step
+        self.start = self.mark = time.monotonic()
+
+    def tick(self, step: int) -> float:
+        """Tokens a second since the last tick or skip."""
+        now = time.monotonic()
+        rate = (step - self.step) * self.tokens_per_step / max(now - self.mark, 1e-9)
+        self.step, self.mark = step, now
+        return rate
+
+    def skip(self) -> None:
+        """Leave what just happened out of the rate."""
+        self.mark = time.monotonic()
+
+    def eta(self, max_steps: int) -> str:
+        """Time to the end at the pace since the start, h:mm:ss."""
+        pace = (time.monotonic() - self.start) / max(self.step - self.start_step, 1)
+        return duration(pace * (max_steps - self.step))
+
+
+@contextmanager
+def live_line(console: Console, step: int, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A function to show (step, text) with: redrawn in place in a terminal, a plain line now and then elsewhere."""
+    if console.is_terminal:
+        columns = (TextColumn("{task.completed:>9,}/{task.total:,}"), BarColumn(16), TextColumn("{task.description}"))
+        # Redrawn when there is something new, not by a timer thread: the cores are busy.
+        with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+            task = bar.add_task("starting", total=total, completed=step)
+
+            def redraw(step: int, text: str) -> None:
+                bar.update(task, completed=step, description=text, refresh=True)
+
+            bar.refresh()
+            yield redraw
+        return
+    shown = time.monotonic()
+
+    def line(step: int, text: str) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > PLAIN_SECONDS:
+            shown = time.monotonic()
+            console.print(f"{step:>9,}  {text}")
+
+    yield line
+
+
+def show_finished(end: Finished, run: "Run", seconds: float) -> None:
+    """The result of the run, beside the best any model could do where that is known."""
+    out = stdout()
+    out.print(Text.assemble(("validation loss ", "bold"), (f"{end.final.loss:.4f}", "bold green"), summary(end.final)))
+    if run.data.entropy is not None:
+        above = end.final.loss / run.data.entropy - 1
+        out.print(
+            f"the corpus's own entropy is {run.data.entropy:.4f} nats a token: "
+            f"this is {above:.1%} above the best any model can do"
+        )
+    if end.best_val_loss < end.final.loss:
+        out.print(f"the best was {end.best_val_loss:.4f}; its weights are in {run.config.train.out_dir}/best.pt")
+    elsewhere = "" if run.config.train.out_dir == "out" else f" --checkpoint {run.config.train.out_dir}"
+    note(f'trained in {duration(seconds)}; now try: tinyllm sample{elsewhere} --prompt "..."')
+
+
+def summary(evaluation: Evaluation) -> str:
+    return f" nats a token (perplexity {evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.3f} bits a byte)"
+
+
+def show_evaluations(parts: Mapping[str, Evaluation], entropy: float | None) -> None:
+    """Losses by split, for `eval`."""
+    out = stdout()
+    for name, part in parts.items():
+        out.print(
+            Text.assemble((f"{name:<10} loss ", "bold"), f"{part.loss:.4f}{summary(part)}, {part.tokens:,} tokens")
+        )
+    if entropy is not None:
+        out.print(f"the corpus's own entropy is {entropy:.4f} nats a token of the validation split")
+
+
+# ---- plot-lr ----
+
+CURVE_STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
+
+
+def show_chart(curves: "Sequence[Curve]") -> None:
+    """The curves in the terminal, each in its colour."""
+    from tinyllm.plot import text_chart
+
+    out = stdout()
+    size = (out.width, min(out.height, 24) - 1) if out.is_terminal else (80, 23)
+    for line in text_chart(curves, width=size[0], height=size[1], encoding=out.encoding):
+        styles = ("" if span.curve is None else CURVE_STYLES[span.curve % len(CURVE_STYLES)] for span in line)
+        out.print(Text.assemble(*((span.text, style) for span, style in zip(line, styles, strict=True))))
+
+
+# ---- sample ----
+
+
+def show_samples(prompt: str, steps: Iterable[Sequence[str | None]], n_samples: int) -> None:
+    """Write the prompt and stream the first sample; the others follow when it has ended, after a line of dashes."""
+    write = sys.stdout.write
+    others = [prompt] * (n_samples - 1)
+    write(prompt)
+    for step in steps:
+        write(step[0] or "")
+        sys.stdout.flush()
+        others = [text + (piece or "") for text, piece in zip(others, step[1:], strict=True)]
+    write("\n")
+    for text in others:
+        write(f"---\n{text}\n")
+    sys.stdout.flush()
+
+
+# ---- new ----
+
+
+def show_examples(items: Sequence[Example]) -> None:
+    """The ready-made run configs."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", style="bold", no_wrap=True)
+    table.add_column("what it trains")
+    for item in items:
+        table.add_row(item.name, item.summary)
+    stdout().print(table, soft_wrap=False)
+
+
+# ---- numbers ----
+
+
+def quantity(value: float) -> str:
+    """1234567 as 1.23 M."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}"
