@@ -6,7 +6,7 @@ bin := ".venv/bin"
 
 # What there is
 default:
-    @just --list
+    @{{just_executable()}} --list
 
 # tinyllm itself, in the versions it was tested with
 install:

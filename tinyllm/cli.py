@@ -4,7 +4,9 @@ The rooms below are imported inside the commands that use them, so that `tinyllm
 Exit codes: 0 done, 1 a check failed, 2 the user's mistake, 128 + n stopped by signal n (as shells count).
 """
 
+import io
 import os
+import re
 import signal
 import sys
 import time
@@ -16,13 +18,29 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tinyllm import __version__, ui
-from tinyllm.errors import ConfigError, TinyLLMError
+from tinyllm.errors import ConfigError, TinyLLMError, typed
 
 if TYPE_CHECKING:
     from tinyllm.config import RunConfig
     from tinyllm.engine import Run, TrainState
 
+
+class Commands(typer.core.TyperGroup):
+    """The commands, quiet when the reader of their output has left, as in `tinyllm sample | head`."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # here, where it can still be handled
+        except BrokenPipeError:  # typer would exit with 1, which is a failed check
+            for stream in (sys.stdout, sys.stderr):  # for the interpreter's own last flush
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            raise typer.Exit(128 + 13) from None  # SIGPIPE, which Windows does not have
+        return result
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Train a small language model from one TOML file, and find the mistake before it costs a night.",
     epilog="A first run: tinyllm new quickstart > run.toml, then tinyllm train run.toml, then tinyllm sample.",
     no_args_is_help=True,
@@ -45,6 +63,7 @@ RUN_TOML = Path("run.toml")
 
 def main() -> None:
     """The console script: run the command, turn the user's mistakes into a message and exit code 2."""
+    open_streams()
     try:
         app()
     except TinyLLMError as error:
@@ -52,14 +71,25 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        # The reader of our output has left (`tinyllm sample | head`): end quietly, also at the interpreter's last
-        # flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    except (MemoryError, RuntimeError) as error:
+        # NumPy's MemoryError, and what torch says on a CPU and on a GPU.
+        if not (isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error))):
+            raise
+        fix = "a smaller train.micro_batch_size (the result stays the same), train.batch_size or [model]"
+        ui.show_error(TinyLLMError("not enough memory for this", fix=fix))
+        sys.exit(2)
     except OSError as error:
         ui.show_error(TinyLLMError(error.strerror or str(error), where=str(error.filename or "")))
         sys.exit(2)
+
+
+def open_streams() -> None:
+    """Have standard streams that can be used, wherever we were started from."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `tinyllm train >&-`
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show (LANG=C) is no reason to fail
+        sys.stdout.reconfigure(errors="replace")
 
 
 def show_version(wanted: bool) -> None:
@@ -93,7 +123,7 @@ def new(
     if out.exists():
         raise ConfigError("is there already", where=str(out), fix="choose another --out, or delete it")
     out.write_text(text, encoding="utf-8")
-    ui.note(f"wrote {out}; check it with: tinyllm sanity {out}")
+    ui.note(f"wrote {out}; check it with: tinyllm sanity {typed(out)}")
 
 
 @app.command()
@@ -165,14 +195,19 @@ def train(
 ) -> None:
     """Train a model; evaluate it and save it on the way."""
     settings = read_config(path, set_)
-    from tinyllm.folder import claim
+    from tinyllm.folder import clear, locked, refuse
 
-    claim(settings.train.out_dir, overwrite)
+    out_dir = settings.train.out_dir
+    refuse(out_dir, overwrite)  # before the data is prepared, which may take long
     prepare_if_missing(settings)
     from tinyllm.engine import new_state, open_run
 
     run = open_run(settings)
-    go(run, new_state(run))
+    state = new_state(run)
+    with locked(out_dir):
+        refuse(out_dir, overwrite)  # somebody else may have begun meanwhile
+        clear(out_dir)
+        go(run, state)
 
 
 @app.command()
@@ -182,13 +217,14 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped, to the last bit as if it never had been."""
     from tinyllm.engine import open_run, restore
-    from tinyllm.folder import reopen, trim_metrics
+    from tinyllm.folder import locked, reopen, trim_metrics
 
     settings, loaded = reopen(checkpoint, set_ or ())
-    run = open_run(settings)
-    state = restore(run, loaded)
-    trim_metrics(settings.train.out_dir, state.step)
-    go(run, state)
+    with locked(settings.train.out_dir):
+        run = open_run(settings)
+        state = restore(run, loaded)
+        trim_metrics(settings.train.out_dir, state.step)
+        go(run, state)
 
 
 @app.command()
@@ -284,7 +320,7 @@ def go(run: "Run", state: "TrainState") -> None:
     if isinstance(end, Finished):
         ui.show_finished(end, run, time.monotonic() - started)
         return
-    ui.note(f"stopped at step {end.step:,}; it is saved, go on with: tinyllm resume {Path(out_dir) / 'ckpt.pt'}")
+    ui.note(f"stopped at step {end.step:,}; it is saved, go on with: tinyllm resume {typed(Path(out_dir) / 'ckpt.pt')}")
     raise typer.Exit(128 + caught[0])
 
 

@@ -77,24 +77,28 @@ def open_run(config: RunConfig) -> Run:
     if size and size < data.vocab_size:
         what = f"model.vocab_size = {size:,} is too small: the tokenizer has {data.vocab_size:,} tokens"
         raise ConfigError(what, fix=f"set model.vocab_size = 0, or at least {data.vocab_size}")
-    train, _ = open_tokens(Path(data.dir) / "train.bin")
-    val, _ = open_tokens(Path(data.dir) / "val.bin")
     tokenizer = tok.from_json(data.tokenizer_json)
+    source = open_source(config, data, tok.end_of_text(tokenizer))
+    runtime = resolve(config.runtime)
+    # `auto` is settled once a run: whoever resumes it computes in the same precision, whatever a new measurement says.
+    settled = {"runtime": config.runtime.model_copy(update={"dtype": runtime.dtype_name})}
+    return Run(config.model_copy(update=settled), runtime, data, source, tok.token_bytes(tokenizer))
+
+
+def open_source(config: RunConfig, data: Prepared, end_token: int | None) -> BatchSource:
+    """The batches of a run. Raises DataError when a split is too short, ConfigError for documents that are not there."""
     if config.train.align_documents and not data.train.documents:
         what = "train.align_documents is set, but the text has no marked documents"
         raise ConfigError(what, where=data.source, fix="leave it false, or set data.separator to what marks them")
-    source = BatchSource(
-        train=train,
-        val=val,
+    return BatchSource(
+        train=open_tokens(Path(data.dir) / "train.bin")[0],
+        val=open_tokens(Path(data.dir) / "val.bin")[0],
         block_size=config.model.block_size,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
-        end_token=tok.end_of_text(tokenizer) if config.train.align_documents else None,
+        end_token=end_token if config.train.align_documents else None,
         where=data.dir,
     )
-    runtime = resolve(config.runtime)
-    token_bytes = tok.token_bytes(tokenizer)
-    return Run(config, runtime, data, source, token_bytes)
 
 
 def new_state(run: Run) -> TrainState:

@@ -1,7 +1,7 @@
 """Where we run: device, precision, threads, seeds, compilation. The only place that knows.
 
 runtime = resolve(config.runtime)
-runtime.summary                         # "cpu (no CUDA or MPS here), bfloat16 (2.9 times float32's rate), 2 threads"
+runtime.summary                         # "cpu (no CUDA or MPS here), bfloat16 (2.9 times as fast here), 2 threads"
 with runtime.autocast():
     logits = model(runtime.tensor(inputs))
 """
@@ -31,6 +31,11 @@ class Runtime:
     dtype: torch.dtype  # of the forward pass under autocast; weights and optimizer state are float32
     summary: str
 
+    @property
+    def dtype_name(self) -> str:
+        """As the config writes it: `float32` or `bfloat16`."""
+        return str(self.dtype).removeprefix("torch.")
+
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Runs matrix products in `dtype`; nothing for float32."""
         if self.dtype == torch.float32:
@@ -59,11 +64,9 @@ def resolve(config: RuntimeConfig) -> Runtime:
     if device.type == "cpu":
         torch.set_num_threads(config.threads or usable_cores())
     dtype, why_dtype = choose_dtype(config.dtype, device)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name = str(dtype).removeprefix("torch.")
-    summary = f"{device}{why_device}, {name}{why_dtype}"
-    if device.type == "cpu":
-        summary += f", {torch.get_num_threads()} threads"
-    return Runtime(device, dtype, summary)
+    return Runtime(device, dtype, f"{device}{why_device}, {name}{why_dtype}{threads}")
 
 
 def choose_device(wanted: str) -> tuple[torch.device, str]:
@@ -73,7 +76,7 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
             return torch.device("cuda"), f" ({torch.cuda.get_device_name()})"
         if torch.backends.mps.is_available():
             return torch.device("mps"), " (Apple GPU)"
-        return torch.device("cpu"), " (no CUDA or MPS device here)"
+        return torch.device("cpu"), " (no CUDA or MPS here)"
     try:
         device = torch.device(wanted)
         torch.empty(1, device=device)
@@ -95,7 +98,7 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float32, ""
     ratio = bfloat16_speedup()
     if ratio > 1.5:  # below that, the casts around the matrix products cost what they save
-        return torch.bfloat16, f" ({ratio:.1f} times float32's matrix product here)"
+        return torch.bfloat16, f" ({ratio:.1f} times as fast here)"
     return torch.float32, " (bfloat16 is not faster here)"
 
 
