@@ -20,8 +20,8 @@ install-dev:
 quickstart: install
     {{bin}}/tinyllm prepare examples/quickstart.toml
     {{bin}}/tinyllm sanity examples/quickstart.toml
-    {{bin}}/tinyllm train examples/quickstart.toml --overwrite
-    {{bin}}/tinyllm sample
+    {{bin}}/tinyllm train examples/quickstart.toml --set train.out_dir=out/quickstart --overwrite
+    {{bin}}/tinyllm sample --checkpoint out/quickstart
 
 # All tests but the slow proofs
 test *args: install-dev
