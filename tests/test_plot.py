@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
@@ -163,6 +163,7 @@ def test_a_long_name_keeps_its_end() -> None:
     st.lists(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20), min_size=1, max_size=4),
     st.integers(40, 200),
 )
+@example([[0.0, 5e-324], [0.0, 1e-310]], 80)
 def test_any_finite_curves(values: list[list[float]], width: int) -> None:
     """No values make a line too long or lose a curve altogether."""
     lines = text_chart([Curve(f"c{i}", list(enumerate(v))) for i, v in enumerate(values)], width=width)

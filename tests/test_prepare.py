@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinyllm import baselines, sources
 from tinyllm import prepare as prep
 from tinyllm.config import DataConfig
-from tinyllm.data import TokenWriter, open_tokens, read_header
+from tinyllm.data import open_tokens, read_header
 from tinyllm.errors import DataError, TokenizerError
 from tinyllm.prepare import Prepared, Progress, is_prepared, open_prepared
 from tinyllm.tokenizer import decode, digest, end_of_text, from_json
@@ -152,32 +153,28 @@ def test_tales_have_a_known_entropy(here):
 # ---- The figures ----
 
 
-def figures(train, val, vocab_size, folder):
-    for name, ids in (("train", train), ("val", val)):
-        with TokenWriter(folder / f"{name}.bin", vocab_size=vocab_size, tokenizer_hash="00" * 32) as out:
-            out.write(ids, 0)
-    generator = prep.compare(folder, vocab_size, 100)
-    while True:
-        try:
-            next(generator)
-        except StopIteration as stop:
-            return stop.value
+def figures(train, val, vocab_size):
+    *shares, last = baselines.compare(np.array(train, np.uint32), np.array(val, np.uint32), vocab_size)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    return last.unigram, last.bigram, last.overlap
 
 
 @pytest.mark.parametrize("vocab_size", [5, 70_000])
-def test_losses_and_overlap_against_slow_counting(tmp_path, monkeypatch, vocab_size):
-    monkeypatch.setattr(prep, "CHUNK", 128)  # so that windows and pairs lie across chunks
+def test_losses_and_overlap_against_slow_counting(monkeypatch, vocab_size):
+    monkeypatch.setattr(baselines, "CHUNK", 128)  # so that windows and pairs lie across chunks
     rng = np.random.default_rng(3)
     train, other = vocab_size - 1 - rng.integers(0, 5, 3000) ** 2 // 5, rng.integers(0, vocab_size, 66)
-    val = np.concatenate([train[100:164], other[:64], train[1001:1065], train[1:65], other[64:]])
-    unigram, bigram, overlap = figures(train, val, vocab_size, tmp_path)
+    # 127 is the last place of a chunk: its window is the one that goes farthest into the next.
+    val = np.concatenate([train[127:191], other[:64], train[1001:1065], train[1:65], other[64:]])
+    unigram, bigram, overlap = figures(train, val, vocab_size)
 
     counts = Counter(train.tolist())
     p = {t: (counts[t] + 1) / (len(train) + vocab_size) for t in range(vocab_size)}
     assert unigram == pytest.approx(-sum(math.log(p[t]) for t in val.tolist()) / len(val))
     pairs = Counter(zip(train.tolist(), train[1:].tolist(), strict=False))
-    k, scored = prep.PRIOR, list(zip(val.tolist(), val[1:].tolist(), strict=False))
-    assert len(scored) <= 4 * prep.CHUNK
+    k, scored = baselines.PRIOR, list(zip(val.tolist(), val[1:].tolist(), strict=False))
+    assert len(scored) <= 4 * baselines.CHUNK
     losses = [-math.log((pairs[a, b] + k * p[b]) / (counts[a] + k)) for a, b in scored]
     assert bigram == pytest.approx(sum(losses) / len(losses))
     seen = {tuple(train[i : i + 64].tolist()) for i in range(len(train) - 63)}
@@ -185,11 +182,11 @@ def test_losses_and_overlap_against_slow_counting(tmp_path, monkeypatch, vocab_s
     assert overlap == sum(w in seen for w in windows) / len(windows) == 0.75
 
 
-def test_figures_by_hand(tmp_path):
+def test_figures_by_hand():
     """Train aabb: p(a) = p(b) = 3/6. Val ab: the pair (a, b) occurs once after two a's."""
-    unigram, bigram, overlap = figures([0, 0, 1, 1], [0, 1], 2, tmp_path)
+    unigram, bigram, overlap = figures([0, 0, 1, 1], [0, 1], 2)
     assert unigram == pytest.approx(math.log(2))
-    assert bigram == pytest.approx(-math.log((1 + prep.PRIOR / 2) / (2 + prep.PRIOR)))
+    assert bigram == pytest.approx(-math.log((1 + baselines.PRIOR / 2) / (2 + baselines.PRIOR)))
     assert overlap == 0
 
 
@@ -364,7 +361,7 @@ def test_is_prepared(here):
 @pytest.mark.parametrize("had_one", [False, True])
 @pytest.mark.parametrize("stage", ["reading", "writing tokens", "comparing the splits"])
 def test_an_interruption_leaves_the_old_state(here, monkeypatch, had_one, stage):
-    monkeypatch.setattr(prep, "BATCH", 1000)
+    monkeypatch.setattr(sources, "REPORT", 1000)
     if had_one:
         run(config())
     before = state()
@@ -435,12 +432,39 @@ def test_a_killed_process_leaves_the_old_state(here):
     assert len(left) == 1
     open_prepared(config())
     run(config(), force=True)
-    assert left[0].exists(), "it could be another process at work"
-    for path in (*left[0].iterdir(), left[0]):
-        os.utime(path, (0, 0))
-    run(config(tokenizer="byte"))
-    assert not [*Path("data").glob(".*")], "an old leftover is removed"
+    assert not [*Path("data").glob(".*")], "the leftover is removed"
     assert before.keys() == state().keys()
+
+
+def test_two_at_once_do_not_disturb_each_other(here):
+    """The folder of one that is at work stays, however old its files look; the last one's result counts."""
+    slow = prep.prepare(config())
+    while next(slow).stage != "writing tokens":
+        pass
+    (aside,) = Path("data").glob(prep.ASIDE + "*")
+    for path in (*aside.iterdir(), aside):
+        os.utime(path, (0, 0))
+    quick = run(config(tokenizer="byte"))
+    assert open_prepared(config(tokenizer="byte")).fingerprint == quick.fingerprint
+    assert aside.exists()
+    *_, last = slow
+    assert isinstance(last, Prepared)
+    assert open_prepared(config()).fingerprint == last.fingerprint
+    assert set(state()) == {f"data/{name}" for name in prep.FILES}
+
+
+def test_without_locks_a_leftover_is_removed_after_an_hour(here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    left = Path("data") / (prep.ASIDE + "x")
+    left.mkdir(parents=True)
+    (left / "train.bin").write_bytes(b"")
+    os.utime(left, (0, 0))
+    run(config())
+    assert left.exists(), "it could be another process at work"
+    os.utime(left / "train.bin", (0, 0))
+    os.utime(left, (0, 0))
+    run(config(), force=True)
+    assert not left.exists()
 
 
 def test_a_folder_that_cannot_be_written(here):
@@ -450,7 +474,7 @@ def test_a_folder_that_cannot_be_written(here):
 
 
 def test_text_that_changes_while_it_is_read(here, monkeypatch):
-    monkeypatch.setattr(prep, "BATCH", 1000)
+    monkeypatch.setattr(sources, "REPORT", 1000)
     events = prep.prepare(config(tokenizer="byte"))
     assert next(events).stage == "reading"
     Path("a.txt").write_text(TEXT * 2)  # the first reading has its block already; the next has not

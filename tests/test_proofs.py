@@ -1,4 +1,4 @@
-"""The slow proofs: whole runs of the examples, as a user starts them. `just proofs`, about three minutes on two cores."""
+"""The slow proofs: whole runs of the examples, as a user starts them. `just proofs`: three minutes on two cores."""
 
 import re
 import subprocess

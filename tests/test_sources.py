@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from tinyllm import sources
 from tinyllm.config import DataConfig
+from tinyllm.download import Meter, Stopped
 from tinyllm.errors import DataError
 from tinyllm.sources import Piece, cut, download, inputs, pieces, split_text
-from tinyllm.tokenizer import Meter, Stopped, build, encode
+from tinyllm.tokenizer import build, encode
 
 DATA = Path(__file__).parents[2] / "shared/data"
 

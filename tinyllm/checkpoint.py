@@ -10,6 +10,7 @@ A file is written aside, synced, then renamed, so that a crash leaves the old on
 import os
 import pickle
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyllm.errors import CheckpointError
+from tinyllm.files import sync_folder
 
 FORMAT = "tinyllm checkpoint"
 VERSION = 1
@@ -58,33 +60,34 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
         fix = "free some space or make the folder writable; what was saved before is still there"
         raise CheckpointError(f"cannot save the checkpoint: {reason}", where=str(path), fix=fix) from None
     finally:
-        aside.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside the folder durable. Windows cannot open folders, and does not need it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with suppress(OSError):  # where the folder is not even a folder
+            aside.unlink()
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Read a checkpoint, its tensors onto `device`. Raises CheckpointError; runs no code from the file."""
     where = str(path)
     try:
-        record = torch.load(path, map_location=device, weights_only=True)
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\3\4"  # torch would take anything else for an old pickle
     except FileNotFoundError:
         fix = "`tinyllm train run.toml` makes one in its train.out_dir"
         raise CheckpointError("no such checkpoint", where=where, fix=fix) from None
     except IsADirectoryError:
         raise CheckpointError("is a folder", where=where, fix=f"name the file, e.g. {Path(path) / LATEST}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=where) from None
+    if not is_zip:
+        raise CheckpointError("not a tinyllm checkpoint: not a file of torch.save", where=where)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch does not look at the checksums
+                raise zipfile.BadZipFile(f"{damaged} has another checksum")
+        record = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         what = "not a tinyllm checkpoint: it holds more than tensors and plain values, and nothing of it was run"
         raise CheckpointError(what, where=where) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # there is hardly one that a damaged file cannot cause
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"not a checkpoint, or a damaged one ({reason})", where=where) from None
     if not isinstance(record, dict) or record.pop("format", None) != FORMAT:

@@ -10,6 +10,7 @@ are properties, never stored. No torch here: `tinyllm --help` and `plot-lr` must
 """
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from tinyllm.errors import ConfigError
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
+# TOML's integers, and torch's, have 64 bits; Python's have no limit.
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # a path, most of them
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -35,15 +38,12 @@ class Section(BaseModel):
 class DataConfig(Section):
     """What text to learn from, and how it becomes tokens."""
 
-    source: str = Field(
+    source: Text = Field(
         "tales",
-        min_length=1,
         description="`tales`, `shakespeare`, `tinystories`, or a path, folder, glob or URL of .txt or .jsonl",
     )
-    dir: str = Field("data", min_length=1, description="folder of train.bin, val.bin and tokenizer.json")
-    tokenizer: str = Field(
-        "bpe", min_length=1, description="`char`, `byte`, `bpe`, `gpt2`, or the path of a tokenizer.json"
-    )
+    dir: Text = Field("data", description="folder of train.bin, val.bin and tokenizer.json")
+    tokenizer: Text = Field("bpe", description="`char`, `byte`, `bpe`, `gpt2`, or the path of a tokenizer.json")
     vocab_size: Positive = Field(1024, description="tokens in a `bpe` vocabulary; the others bring their own size")
     val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the text held out, taken from its end")
     separator: str = Field("<|endoftext|>", description="what marks the end of a document in a .txt; '' for nothing")
@@ -104,7 +104,7 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     """The run: how long, how large a batch, when to look and to save."""
 
-    out_dir: str = Field("out", min_length=1, description="the run's folder: checkpoints, metrics, resolved config")
+    out_dir: Text = Field("out", description="the run's folder: checkpoints, metrics, resolved config")
     max_steps: Positive = Field(2000, description="optimizer steps")
     batch_size: Positive = Field(12, description="sequences an optimizer step, all micro-batches together")
     micro_batch_size: Count = Field(0, description="sequences a forward pass; 0: batch_size, no accumulation")
@@ -123,13 +123,15 @@ class TrainConfig(Section):
 class RuntimeConfig(Section):
     """Where and how it is computed. None of these but dtype is meant to change the result."""
 
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the forward pass (autocast); weights stay float32; auto: bfloat16 on CUDA, else float32"
     )
     compile: bool = Field(False, description="torch.compile, with a fallback to eager when it fails")
-    threads: Count = Field(0, description="CPU threads; 0: as many as there are physical cores")
-    prefetch: Count = Field(2, description="batches prepared ahead in the background; 0: none")
+    threads: Count = Field(0, le=4096, description="CPU threads; 0: as many as there are physical cores")
+    prefetch: Count = Field(2, le=1000, description="batches prepared ahead in the background; 0: none")
 
 
 class RunConfig(Section):
@@ -233,12 +235,14 @@ def check(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str =
     if not problems:
         return config
     set_keys = {override.partition("=")[0].strip() for override in overrides}
+    # An unknown section is one problem, whichever of its keys was set.
+    set_keys |= {key.partition(".")[0] for key in set_keys}
     lines = []
     for problem in problems:
-        if problem.key in set_keys:
+        line = line_of(text, problem.key)
+        if problem.key in set_keys and not (line and "." not in problem.key):
             lines.append(f"--set {problem}")
         else:
-            line = line_of(text, problem.key)
             lines.append(f"{where}:{line}: {problem}" if line else f"{where}: {problem}")
     raise ConfigError("\n".join(lines))
 
@@ -246,7 +250,7 @@ def check(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str =
 def read_text(path: Path) -> str:
     """The file's text, or a ConfigError that says why there is none."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows' editors put a byte order mark first
     except FileNotFoundError:
         fix = "`tinyllm new` lists the ready-made ones; `tinyllm new quickstart` writes one"
         raise ConfigError("no such run config", where=str(path), fix=fix) from None
@@ -318,6 +322,9 @@ def problem_of(error: Mapping[str, Any]) -> Problem:
         "string_type": 'must be text in quotes, like "..."',
         "string_too_short": "must not be empty",
         "finite_number": "must be a finite number",
+        "string_pattern_mismatch": "must be one of `auto`, `cpu`, `cuda`, `cuda:1`, `mps`"
+        if key == "runtime.device"
+        else "must not have a null character in it",
         "tuple_type": "must be a list of two numbers, like [0.9, 0.95]",
         "missing": "is missing (a list of two numbers is expected)",
         "too_long": "must have two numbers",
@@ -333,6 +340,7 @@ def unknown_key(loc: Sequence[str]) -> str:
         name = loc[0]
         nearest = difflib.get_close_matches(name, sections, 1)
         homes = [f"[{section}] {name}" for section, keys in sections.items() if name in keys]
+        homes += ["[{}] {}".format(*ALIASES[name].split("."))] if name in ALIASES else []  # nanoGPT has no sections
         hint = homes or [f"[{n}]" for n in nearest]
         known = "the sections are " + ", ".join(sections)
         return "unknown section" + (f"; did you mean {hint[0]}?" if hint else f"; {known}")
@@ -383,8 +391,8 @@ def line_of(text: str, key: str) -> int:
     for number, line in enumerate(text.splitlines(), 1):
         stripped = line.split("#")[0].strip()
         if stripped.startswith("["):
-            current = stripped.strip("[] ")
-            if not name and current == section:
+            current = stripped.strip("[] ").replace('"', "")
+            if current == key or (not name and current.startswith(section + ".")):
                 return number
         left = stripped.partition("=")[0].strip().strip("\"'")
         if "=" in stripped and ((current == section and left == name) or (not current and left in (key, section))):
@@ -394,13 +402,12 @@ def line_of(text: str, key: str) -> int:
 
 def show(value: Any) -> str:
     """A value as TOML would write it, shortened."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value:g}"
     if isinstance(value, str):
-        return f'"{value}"' if len(value) < 60 else f'"{value[:57]}..."'
-    return str(list(value) if isinstance(value, tuple) else value)
+        return json.dumps(value if len(value) < 60 else value[:57] + "...", ensure_ascii=False)
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = str(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) < 60 else text[:57] + "..."
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -155,14 +155,13 @@ class BatchSource:
                 )
                 fix = f"more text, another data.val_fraction, or model.block_size below {max(len(tokens), 2):,}"
                 raise DataError(what, where=where, fix=fix)
-        self.starts = None if end_token is None else document_windows(train, end_token, block_size)[0]
-        if self.starts is not None:
-            self.starts = self.starts[
-                self.starts < len(train) - block_size
-            ]  # the others are cut off by the split's end
-            if not len(self.starts):
+        self.starts = None
+        if end_token is not None:
+            if not len(document_ends(train, end_token)):
                 fix = "set train.align_documents = false"
                 raise DataError("train.align_documents is set, but no document's end is marked", where=where, fix=fix)
+            starts = document_windows(train, end_token, block_size)[0]
+            self.starts = starts[starts < len(train) - block_size]  # the others are cut off by the split's end
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The global batch of a step: inputs and targets, each (batch_size, block_size), int64.
@@ -215,13 +214,17 @@ def document_windows(tokens: np.ndarray, end_token: int, size: int) -> tuple[np.
     A window starts on the end of the document before, whose target is the first token of its own. A document of more
     than `size` tokens goes on in further windows.
     """
-    parts = range(0, len(tokens), 1 << 24)  # a memory map is read part by part
-    ends = [np.flatnonzero(tokens[first : first + (1 << 24)] == end_token) + first for first in parts]
-    bounds = np.unique(np.concatenate([[0], *ends, [len(tokens) - 1]]))
+    bounds = np.unique(np.concatenate([[0], document_ends(tokens, end_token), [len(tokens) - 1]]))
     pieces = -(-np.diff(bounds) // size)
     first_piece = np.repeat(np.cumsum(pieces) - pieces, pieces)
     starts = np.repeat(bounds[:-1], pieces) + (np.arange(pieces.sum()) - first_piece) * size
     return starts, np.minimum(size, np.repeat(bounds[1:], pieces) - starts)
+
+
+def document_ends(tokens: np.ndarray, end_token: int) -> np.ndarray:
+    """Where documents end, (ends,), int64."""
+    parts = range(0, len(tokens), 1 << 24)  # a memory map is read part by part
+    return np.concatenate([np.flatnonzero(tokens[first : first + (1 << 24)] == end_token) + first for first in parts])
 
 
 def permuted(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ looks changes nothing.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from tinyllm.errors import CheckpointError, ConfigError, RunError
 from tinyllm.events import Evaluated, Evaluation, Event, Finished, Note, Saved, StepDone, Stopped
 from tinyllm.model import GPT, init_weights
 from tinyllm.optim import Optimizers, all_groups, build_optimizers, load_state_by_name, set_learning_rate, state_by_name
-from tinyllm.prepare import Prepared, open_prepared
+from tinyllm.prepare import Prepared, differences, open_prepared
 from tinyllm.runtime import Runtime, compiled, resolve, seed_dropout
 from tinyllm.schedule import factor
 
@@ -86,7 +87,7 @@ def open_run(config: RunConfig) -> Run:
 
 
 def open_source(config: RunConfig, data: Prepared, end_token: int | None) -> BatchSource:
-    """The batches of a run. Raises DataError when a split is too short, ConfigError for documents that are not there."""
+    """The batches of a run. Raises DataError for a split that is too short, ConfigError for documents not marked."""
     if config.train.align_documents and not data.train.documents:
         what = "train.align_documents is set, but the text has no marked documents"
         raise ConfigError(what, where=data.source, fix="leave it false, or set data.separator to what marks them")
@@ -113,6 +114,10 @@ def restore(run: Run, checkpoint: ckpt.Checkpoint) -> TrainState:
     """The state a checkpoint holds. Raises CheckpointError when it does not belong to this config or data."""
     if run.data.tokenizer_json != checkpoint.tokenizer:
         what = "the data was prepared with another tokenizer than the checkpoint's"
+        raise CheckpointError(what, where=run.data.dir, fix="prepare the data as it was, or train anew")
+    learned_from = {key: value for key, value in checkpoint.data.items() if key != "documents"}
+    if changes := differences(learned_from, run.data.fingerprint):
+        what = "the data was prepared from other data than the checkpoint's:\n  " + "\n  ".join(changes)
         raise CheckpointError(what, where=run.data.dir, fix="prepare the data as it was, or train anew")
     state = new_state(run)
     ckpt.load_weights(state.model, checkpoint.model)
@@ -200,7 +205,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Loss on fixed windows of a split ("train" or "val"); see BatchSource.eval_batches for which.
 
-    Draws nothing from any random generator and leaves the model's mode as it was. None if asked to stop.
+    Draws nothing from any random generator and leaves the model's mode as it was. None if asked to stop. Raises
+    RunError when the loss is not finite.
     """
     n_windows = run.config.train.eval_windows if n_windows is None else n_windows
     size = run.config.model.block_size
@@ -221,6 +227,9 @@ def evaluate(
             text_bytes += int(run.token_bytes[counted].sum())
     finally:
         model.train(was_training)
+    if not math.isfinite(nats):
+        what = f"the loss of the {split} split is {float(nats)}: the weights are useless"
+        raise RunError(what, fix="a lower optim.lr or more schedule.warmup_steps, from an earlier checkpoint or anew")
     return Evaluation(float(nats) / count, count, float(nats) / math.log(2) / max(text_bytes, 1))
 
 
@@ -250,31 +259,31 @@ def train(run: Run, state: TrainState, should_stop: Stop = lambda: False) -> Ite
         sample = run.runtime.tensor(run.source.batch(0)[0][: run.config.micro_batch_size])
         state.forward, note = compiled(state.model, sample, run.runtime)
         yield Note(note)
-    batches = prefetch(run.source.batch, state.step, config.max_steps, run.config.runtime.prefetch)
-    while True:
-        done = state.step >= config.max_steps
-        if saved != state.step and (done or (state.step and state.step % config.save_interval == 0)):
-            ckpt.save(latest, snapshot(run, state))
-            saved = state.step
-            yield Saved(state.step, latest)
-        evaluated = None
-        if done or state.step % config.eval_interval == 0:
-            evaluated = evaluate_both(run, state, should_stop)
-            if evaluated is None:
+    with closing(prefetch(run.source.batch, state.step, config.max_steps, run.config.runtime.prefetch)) as batches:
+        while True:
+            done = state.step >= config.max_steps
+            if saved != state.step and (done or (state.step and state.step % config.save_interval == 0)):
+                ckpt.save(latest, snapshot(run, state))
+                saved = state.step
+                yield Saved(state.step, latest)
+            evaluated = None
+            if done or state.step % config.eval_interval == 0:
+                evaluated = evaluate_both(run, state, should_stop)
+                if evaluated is None:
+                    break
+                yield evaluated
+                if evaluated.is_best:
+                    ckpt.save(out_dir / ckpt.BEST, snapshot(run, state, evaluated.val.loss))
+                    yield Saved(state.step, out_dir / ckpt.BEST)
+            if done:
+                assert evaluated is not None
+                yield Finished(state.step, evaluated.val, state.best_val_loss)
+                return
+            values = train_step(run, state, next(batches), should_stop)
+            if values is None:
                 break
-            yield evaluated
-            if evaluated.is_best:
-                ckpt.save(out_dir / ckpt.BEST, snapshot(run, state, evaluated.val.loss))
-                yield Saved(state.step, out_dir / ckpt.BEST)
-        if done:
-            assert evaluated is not None
-            yield Finished(state.step, evaluated.val, state.best_val_loss)
-            return
-        values = train_step(run, state, next(batches), should_stop)
-        if values is None:
-            break
-        if state.step % config.log_interval == 0 or state.step == config.max_steps:
-            yield values
+            if state.step % config.log_interval == 0 or state.step == config.max_steps:
+                yield values
     if saved != state.step:
         ckpt.save(latest, snapshot(run, state))
         yield Saved(state.step, latest)

@@ -6,6 +6,9 @@
 Libraries raise these; only `cli.py` prints them and exits (with code 2). Anything else that escapes is our bug.
 """
 
+import shlex
+from pathlib import Path
+
 
 class TinyLLMError(Exception):
     """A user's mistake, or a machine's: `what` is wrong, `where` it is, and the `fix`."""
@@ -39,3 +42,8 @@ class CheckpointError(TinyLLMError):
 
 class RunError(TinyLLMError):
     """A run cannot start or go on: its folder is taken, the device is missing, the loss is not finite."""
+
+
+def typed(path: str | Path) -> str:
+    """A path as one types it at a shell, for the commands that we suggest: quoted, and never taken for an option."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))

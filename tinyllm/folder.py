@@ -1,48 +1,83 @@
 """The run's folder: who may write there, the resolved config, and the metrics.
 
-    claim("out", overwrite=False)                      # refuses a folder that holds a run
-    write_config(config)                               # out/run.toml, every value spelled out
-    for event in record(train(run, state), "out"):     # out/metrics.jsonl, one JSON object a line
-        ...
+    refuse("out", overwrite=False)                     # a folder that holds a run, or cannot be written to
+    with claimed("out"):                               # by one process at a time
+        clear("out")                                   # of the run it held
+        write_config(config)                           # out/run.toml, every value spelled out
+        for event in record(train(run, state), "out"): # out/metrics.jsonl, one JSON object a line
+            ...
 
 A line of metrics is `{"event": "step", "step": 10, "loss": ..., "grad_norm": ..., "lr": ..., "time": ...}` or
-`{"event":
-"eval", "step": 250, "train_loss": ..., "val_loss": ..., ...}`. Two runs of one config differ in `time` alone.
+`{"event": "eval", "step": 250, "train_loss": ..., "val_loss": ..., ...}`. Two runs of one config differ in `time`
+alone.
 """
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tinyllm.checkpoint import BEST, LATEST, Checkpoint, load
 from tinyllm.config import RunConfig, check, to_toml
-from tinyllm.errors import ConfigError, RunError
+from tinyllm.errors import ConfigError, RunError, typed
 from tinyllm.events import Evaluated, Event, StepDone
+from tinyllm.files import locked, write_text
 
 CONFIG, METRICS = "run.toml", "metrics.jsonl"
 
 
-def claim(out_dir: str, overwrite: bool) -> None:
-    """Make the folder ready for a new run. Raises RunError when it holds one already, or cannot be written to."""
+def refuse(out_dir: str, overwrite: bool) -> None:
+    """Raise RunError when a new run cannot have this folder: it holds one already, or cannot be written to.
+
+    Leaves everything as it is: much can go wrong before the first step, and must not cost the user the old run.
+    """
     folder = Path(out_dir)
-    present = [folder / name for name in (LATEST, BEST, METRICS) if (folder / name).exists()]
+    present = run_files(folder)
     if present and not overwrite:
-        goes_on = f"`tinyllm resume {folder / LATEST}` goes on, " if folder / LATEST in present else ""
+        goes_on = f"`tinyllm resume {typed(folder / LATEST)}` goes on, " if folder / LATEST in present else ""
         fix = f"{goes_on}--overwrite deletes it and starts anew, --set train.out_dir=... keeps both"
         raise RunError(f"already holds a run ({', '.join(p.name for p in present)})", where=f"{folder}/", fix=fix)
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-        for path in present:
-            path.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         fix = "choose another folder: --set train.out_dir=..."
         raise RunError(f"cannot be written to: {error.strerror}", where=f"{folder}/", fix=fix) from None
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def run_files(folder: Path) -> list[Path]:
+    """What of a run is in the folder."""
+    return [folder / name for name in (LATEST, BEST, METRICS) if (folder / name).exists()]
+
+
+def clear(out_dir: str) -> None:
+    """Delete the run that the folder holds, if any."""
+    for path in run_files(Path(out_dir)):
+        path.unlink()
+
+
+@contextmanager
+def claimed(out_dir: str) -> Iterator[None]:
+    """Keep other trainings out of the folder, which is made when it is missing. Raises RunError when one is there.
+
+    Where the system or the file system cannot lock a folder, nothing is checked.
+    """
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder) as got:
+        if got is False:
+            fix = "wait for it or stop it, or choose another folder: --set train.out_dir=..."
+            raise RunError("another tinyllm is training in this folder", where=f"{folder}/", fix=fix)
+        yield
 
 
 def write_config(config: RunConfig) -> Path:
@@ -70,8 +105,9 @@ def reopen(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, Checkpoint]
             fix = f"may change: {may}; for anything else start a new run with `tinyllm train`"
             raise ConfigError("cannot change in a run that goes on", where=f"--set {key}", fix=fix)
     checkpoint = load(path)
-    here = f"train.out_dir={json.dumps(str(path.parent))}"
-    return check(checkpoint.config, [*overrides, here], where=str(path)), checkpoint
+    config = check(checkpoint.config, overrides, where=str(path))
+    here = config.train.model_copy(update={"out_dir": str(path.parent)})
+    return config.model_copy(update={"train": here}), checkpoint
 
 
 def record(events: Iterable[Event], out_dir: str) -> Iterator[Event]:
@@ -102,7 +138,7 @@ def read_metrics(out_dir: str) -> list[dict[str, Any]]:
     """The rows of a run's metrics; a last line torn by a crash is left out."""
     path, rows = Path(out_dir) / METRICS, []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 rows.append(json.loads(line))
             except ValueError:
@@ -112,22 +148,15 @@ def read_metrics(out_dir: str) -> list[dict[str, Any]]:
 
 def trim_metrics(out_dir: str, step: int) -> None:
     """Forget what a run that goes on from `step` will report again: later steps, and evaluations from there on."""
-    rows = read_metrics(out_dir)
+    path, rows = Path(out_dir) / METRICS, read_metrics(out_dir)
     kept = [row for row in rows if row["step"] < step or (row["step"] == step and row["event"] == "step")]
-    if kept or rows:
-        replace_text(Path(out_dir) / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+    if path.exists():  # without rows too: the next one must not be appended to a torn line
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small text file so that a crash leaves the old one or the new one."""
-    aside = path.with_name(path.name + ".tmp")
+    """Write a text file so that a crash leaves the old one or the new one. Raises RunError."""
     try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        write_text(path, text)
     except OSError as error:
         raise RunError(f"cannot be written: {error.strerror}", where=str(path)) from None
-    finally:
-        aside.unlink(missing_ok=True)

@@ -34,12 +34,19 @@ class Sampling:
 
 @torch.inference_mode()
 def generate(
-    model: GPT, prompt: Sequence[int], sampling: Sampling, *, n_samples: int = 1, end_token: int | None = None
+    model: GPT,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    *,
+    n_samples: int = 1,
+    end_token: int | None = None,
+    n_tokens: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, for each new token position, one id a sample; None once a sample has produced `end_token`.
 
     The prompt (at least one id) is cropped to its last block_size tokens. Beyond the context the window slides: its
-    older half is dropped and the rest read again, so a token costs the same however long the text grows.
+    older half is dropped and the rest read again, so a token costs the same however long the text grows. An embedding
+    may have more rows than the tokenizer has tokens; only the first `n_tokens` (None: all) are chosen from.
     """
     model.eval()
     device, block_size = model.wte.weight.device, model.config.block_size
@@ -52,7 +59,7 @@ def generate(
     for _ in range(sampling.max_new_tokens):
         if cache.length + new.shape[1] > block_size:
             cache, new = KVCache(model, n_samples), history[:, -max(1, block_size // 2) :]
-        logits = model(new, cache)[:, -1]
+        logits = model(new, cache)[:, -1, :n_tokens]
         draws = torch.tensor([u.random() for u in uniforms], dtype=torch.float64)
         chosen = choose(logits, sampling, draws)
         step_ids = [None if ended[i] or token == end_token else token for i, token in enumerate(chosen.tolist())]
@@ -73,13 +80,14 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     logits = logits.cpu().double()
     if sampling.temperature == 0:
         return logits.argmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # nothing overflows at the smallest temperature
     ordered, ids = (logits / sampling.temperature).sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
         ordered, ids = ordered[:, : sampling.top_k], ids[:, : sampling.top_k]
     cumulative = ordered.softmax(-1).cumsum(-1)
-    # A token stays if the ones before it have not reached top_p: the first always does.
+    # A token stays if the ones before it have not reached top_p; the first does even for 0.
     before = torch.cat((torch.zeros_like(cumulative[:, :1]), cumulative[:, :-1]), dim=1)
-    kept = (before < sampling.top_p).sum(-1, keepdim=True)
+    kept = (before < sampling.top_p).sum(-1, keepdim=True).clamp(min=1)
     mass = cumulative.gather(1, kept - 1)
     picked = torch.searchsorted(cumulative, draws[:, None] * mass, right=True).minimum(kept - 1)
     return ids.gather(1, picked)[:, 0]
@@ -110,5 +118,7 @@ class Speaker:
     def speak(self, ids: Sequence[int], sampling: Sampling, n_samples: int) -> Iterator[list[str | None]]:
         """Yield for each step the new text of each sample, as soon as its characters are whole; None at its end."""
         pieces = [tok.stream(self.tokenizer) for _ in range(n_samples)]
-        for step in generate(self.model, ids, sampling, n_samples=n_samples, end_token=self.end_token):
+        n_tokens = len(tok.vocabulary(self.tokenizer))
+        steps = generate(self.model, ids, sampling, n_samples=n_samples, end_token=self.end_token, n_tokens=n_tokens)
+        for step in steps:
             yield [None if id is None else pieces[i](id) for i, id in enumerate(step)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinyllm.config import OptimConfig
 
@@ -106,11 +106,12 @@ def state_by_name(optimizers: Optimizers) -> dict[str, dict[str, Any]]:
 
 
 def load_state_by_name(optimizers: Optimizers, state: dict[str, dict[str, Any]]) -> None:
-    """Put what `state_by_name` returned into optimizers built for the same model and config."""
+    """Copy what `state_by_name` returned into optimizers built for the same model and config."""
     for optimizer in optimizers:
         own = optimizer.state_dict()  # numbers the parameters; load_state_dict moves tensors to their devices
+        # Copied, since load_state_dict keeps a tensor that is there already: steps would change the checkpoint's.
         numbered = {
-            number: state[name]
+            number: {key: v.clone() if isinstance(v, Tensor) else v for key, v in state[name].items()}
             for group in own["param_groups"]
             for number, name in zip(group["params"], group["names"], strict=True)
             if name in state

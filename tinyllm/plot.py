@@ -97,14 +97,18 @@ class Grid:
     def trace(self, *points: tuple[float, float]) -> Iterator[tuple[int, int, int]]:
         """The cell (column, row from the top) and braille bit of each dot on the lines joining the points."""
         across, down = (1, 1) if self.plain else (2, 4)
-        right = (self.columns * across - 1) / (self.x.high - self.x.low)
-        below = (self.rows * down - 1) / (self.y.high - self.y.low)
-        dots = [(round((x - self.x.low) * right), round((self.y.high - y) * below)) for x, y in points]
+        last = self.columns * across - 1, self.rows * down - 1
+        # Divided first: the reciprocal of a very small range would overflow.
+        shares = (
+            ((x - self.x.low) / (self.x.high - self.x.low), (self.y.high - y) / (self.y.high - self.y.low))
+            for x, y in points
+        )
+        dots = [(round(right * last[0]), round(below * last[1])) for right, below in shares]
         joined = dots[:1]
         for (x0, y0), (x1, y1) in pairwise(dots):
             n = max(abs(x1 - x0), abs(y1 - y0))
-            shares = [k / n for k in range(1, n + 1)]
-            joined += [(round(x0 + (x1 - x0) * s), round(y0 + (y1 - y0) * s)) for s in shares]
+            steps = [k / n for k in range(1, n + 1)]
+            joined += [(round(x0 + (x1 - x0) * s), round(y0 + (y1 - y0) * s)) for s in steps]
         for column, row in joined:
             yield column // across, row // down, BRAILLE[row % 4][column % 2]
 
@@ -140,7 +144,7 @@ def axes_of(curves: Sequence[Curve], most_x: int, most_y: int) -> tuple[Axis, Ax
     right = beyond if beyond - right < (right - left) / 50 else right
     x = Axis(left, right, tick_labels(left, right, size))
     low = 0.0 if 0 <= low < high / 3 or low == high > 0 else low
-    high = high if high > low else low + 1
+    high = high if high - low > 1e-300 else low + 1  # ticks below that have no digits
     size = tick_size((high - low) / most_y)
     low, high = math.floor(low / size + 1e-9) * size, math.ceil(high / size - 1e-9) * size
     return x, Axis(low, high, tick_labels(low, high, size))

@@ -15,48 +15,29 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from tinyllm.baselines import Baselines, compare
 from tinyllm.config import DataConfig
 from tinyllm.data import TokenWriter, open_tokens, read_header
+from tinyllm.download import Meter, Progress, watched
 from tinyllm.errors import DataError
-from tinyllm.sources import Input, Piece, download, inputs, pieces, stats
-from tinyllm.tokenizer import (
-    KINDS,
-    Meter,
-    build,
-    digest,
-    encode_batch,
-    end_of_text,
-    to_json,
-    token_bytes,
-)
+from tinyllm.files import locked, write_text
+from tinyllm.sources import Input, Piece, divided, download, find_boundary, inputs, stats
+from tinyllm.tokenizer import KINDS, build, digest, encode_batch, end_of_text, to_json, token_bytes
 
 VERSION = 1  # of meta.json and of what is done here: a change of either prepares everything again
 FILES = ("tokenizer.json", "train.bin", "val.bin", "meta.json")  # in the order they are moved
 ASIDE, READY = ".preparing-", ".prepared"
 BATCH = 1 << 19  # characters tokenized at once; by characters that takes about 100 bytes of memory each
-CHUNK = 1 << 20  # tokens of the training split compared at once
-WINDOW = 64  # tokens; a power of two
-PRIOR = 50.0  # tokens; see `compare`. Of 1 to 500 the best, or near it, by characters, BPE and GPT-2 alike
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage is, in bytes of text. `total` is 0 while it is not known."""
-
-    stage: str
-    done: int
-    total: int
 
 
 @dataclass(frozen=True)
@@ -115,15 +96,18 @@ def prepare(config: DataConfig, *, force: bool = False) -> Iterator[Progress | P
     try:
         folder.mkdir(parents=True, exist_ok=True)
         finish_move(folder)
-        remove_leftovers(folder)
-        aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder))
-        try:
-            prepared = yield from write_all(config, aside)
-            publish(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        with ExitStack() as until_done:
+            with locked(folder, wait=True):  # nobody takes the new folder, not yet locked, for a leftover
+                remove_leftovers(folder)
+                aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder))
+                until_done.enter_context(locked(aside))
+            try:
+                prepared = yield from write_all(config, aside)
+                publish(aside, folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+                if not any(folder.iterdir()):
+                    folder.rmdir()
     except OSError as error:
         raise DataError(f"cannot be written: {error.strerror}", where=str(error.filename or folder)) from None
     yield replace(prepared, reasons=tuple(changes or ["forced"]))
@@ -163,7 +147,7 @@ def reopen(config: DataConfig) -> tuple[Prepared | None, list[str]]:
         fix = "`tinyllm prepare run.toml` makes it" if missing.name == "meta.json" else again
         raise DataError("no prepared data: there is no such file", where=str(missing), fix=fix) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"damaged: {error!r}", where=where, fix=again) from None
+        raise DataError(f"damaged: {type(error).__name__}: {error}", where=where, fix=again) from None
     if digest(tokenizer_json) != prepared.tokenizer_hash:
         what = "it has been changed since the data was prepared"
         raise DataError(what, where=str(folder / "tokenizer.json"), fix=again)
@@ -217,20 +201,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def read_files(config: DataConfig) -> list[Input]:
     """Every file the result depends on: the text's, and the tokenizer's when that is one."""
-    own = () if config.tokenizer in KINDS else (Input(config.tokenizer, Path(config.tokenizer).expanduser()),)
+    own = () if config.tokenizer in KINDS else (Input(config.tokenizer, Path(os.path.expanduser(config.tokenizer))),)
     return [*inputs(config), *own]
 
 
 # ---- Making the files ----
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """Where the validation split begins: after this many documents, or (when `documents` is 0) characters."""
-
-    documents: int
-    characters: int
-    marked: bool  # documents are marked in the text
 
 
 def write_all(config: DataConfig, folder: Path) -> Generator[Progress, None, Prepared]:
@@ -256,7 +231,11 @@ def write_all(config: DataConfig, folder: Path) -> Generator[Progress, None, Pre
     if splits["train"].characters + splits["val"].characters != characters:
         raise DataError("the text changed while it was being read", where=config.source, fix="prepare again")
     vocab_size = len(token_bytes(tokenizer))
-    unigram, bigram, overlap = yield from compare(folder, vocab_size, text_bytes)
+    for part in compare(open_tokens(folder / "train.bin")[0], open_tokens(folder / "val.bin")[0], vocab_size):
+        if isinstance(part, Baselines):
+            baselines = part
+        else:
+            yield Progress("comparing the splits", int(text_bytes * part), text_bytes)
     prepared = Prepared(
         dir=config.dir,
         source=config.source,
@@ -266,9 +245,9 @@ def write_all(config: DataConfig, folder: Path) -> Generator[Progress, None, Pre
         tokenizer_hash=digest(to_json(tokenizer)),
         train=splits["train"],
         val=splits["val"],
-        unigram_entropy=unigram,
-        bigram_entropy=bigram,
-        overlap=overlap,
+        unigram_entropy=baselines.unigram,
+        bigram_entropy=baselines.bigram,
+        overlap=baselines.overlap,
         entropy=None if log_prob is None else -log_prob / splits["val"].tokens,
         fingerprint=fingerprint(config, known),
     )
@@ -279,45 +258,6 @@ def write_all(config: DataConfig, folder: Path) -> Generator[Progress, None, Pre
     meta = {"version": VERSION, "fingerprint": prepared.fingerprint, "files": known, "report": report}
     write_text(folder / "meta.json", json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
     return prepared
-
-
-def find_boundary(config: DataConfig, files: tuple[Input, ...]) -> Generator[Progress, None, tuple[Boundary, int, int]]:
-    """Where to divide the text; its characters and its UTF-8 bytes. Reads all of it. Raises DataError."""
-    documents = characters = text_bytes = 0
-    total, shown = sum(file.path.stat().st_size for file in files), 0
-    marked = False
-    for piece in pieces(config, files):
-        documents += piece.end
-        characters += len(piece.text)
-        text_bytes += len(piece.text.encode())
-        marked = marked or piece.end
-        if text_bytes - shown >= BATCH:
-            shown = text_bytes
-            yield Progress("reading", text_bytes, total)
-    train = int(documents * (1 - config.val_fraction))
-    if documents > 1:
-        return Boundary(min(max(train, 1), documents - 1), 0, True), characters, text_bytes
-    train = int(characters * (1 - config.val_fraction))  # as nanoGPT does
-    if not 0 < train < characters:
-        what = f"{characters:,} characters cannot be divided by data.val_fraction = {config.val_fraction:g}"
-        raise DataError(what, where=config.source, fix="more text, or a larger data.val_fraction")
-    return Boundary(0, train, marked), characters, text_bytes
-
-
-def divided(config: DataConfig, files: tuple[Input, ...], boundary: Boundary) -> Iterator[tuple[str, Piece]]:
-    """Each piece of text with the name of its split; the one across the boundary is cut in two."""
-    documents = characters = 0
-    for piece in pieces(config, files):
-        if boundary.documents:
-            yield ("train" if documents < boundary.documents else "val"), piece
-        else:
-            train = min(max(boundary.characters - characters, 0), len(piece.text))
-            if train:
-                yield "train", Piece(piece.text[:train], piece.end and train == len(piece.text))
-            if train < len(piece.text):
-                yield "val", Piece(piece.text[train:], piece.end)
-        documents += piece.end
-        characters += len(piece.text)
 
 
 def batches(parts: Iterator[tuple[str, Piece]]) -> Iterator[tuple[str, list[Piece]]]:
@@ -359,95 +299,7 @@ def write_tokens(
     return made, log_prob
 
 
-def watched(stage: str, work: Callable[[Meter], T]) -> Generator[Progress, None, T]:
-    """Do `work` in a thread and report how far it is. It is told to stop when nobody listens any more."""
-    meter = Meter()
-    with ThreadPoolExecutor(1, "tinyllm-prepare") as pool:
-        future = pool.submit(work, meter)
-        try:
-            while wait([future], timeout=0.1).not_done:
-                yield Progress(stage, meter.done, meter.total)
-            return future.result()
-        finally:
-            meter.stopped = True
-
-
-# ---- How hard the validation split is ----
-
-
-def compare(folder: Path, vocab_size: int, text_bytes: int) -> Generator[Progress, None, tuple[float, float, float]]:
-    """Unigram and bigram loss (nats a token) and overlap of the validation split. One pass, bounded memory.
-
-    The bigram loss is that of the first 4 million tokens, which fixes it to three digits.
-    """
-    train, val = open_tokens(folder / "train.bin")[0], open_tokens(folder / "val.bin")[0]
-    pairs, pair_uses = np.unique(pair_codes(val[: 4 * CHUNK], vocab_size), return_counts=True)
-    whole = len(val) // WINDOW * WINDOW
-    chunks = [val[start : min(start + CHUNK, whole)] for start in range(0, whole, CHUNK)]
-    rows = [window_hashes(chunk.reshape(-1, WINDOW))[:, 0] for chunk in chunks]
-    hashes, hash_uses = np.unique(np.concatenate([np.empty(0, np.uint64), *rows]), return_counts=True)
-    # Most windows of the training split are ruled out by the first 22 bits of their hash.
-    maybe = np.zeros(1 << 22, dtype=bool)
-    maybe[hashes >> np.uint64(42)] = True
-    counts, pair_counts = np.zeros(vocab_size, np.int64), np.zeros(len(pairs), np.int64)
-    seen = np.zeros(len(hashes), dtype=bool)
-    for start in range(0, len(train), CHUNK):
-        chunk = train[start : start + CHUNK + WINDOW - 1].astype(np.int64)
-        counts += np.bincount(chunk[:CHUNK], minlength=vocab_size)
-        codes, uses = np.unique(pair_codes(chunk[: CHUNK + 1], vocab_size), return_counts=True)
-        at, found = positions(codes, pairs)
-        pair_counts[at] += uses[found]
-        own = window_hashes(chunk)
-        seen[positions(own[maybe[own >> np.uint64(42)]], hashes)[0]] = True
-        share = min(start + CHUNK, len(train)) / len(train)
-        yield Progress("comparing the splits", int(text_bytes * share), text_bytes)
-    unigram = (counts + 1) / (counts.sum() + vocab_size)
-    uses = np.bincount(val, minlength=vocab_size)
-    unigram_loss = -(uses * np.log(unigram)).sum() / uses.sum()
-    left, right = pairs // vocab_size, pairs % vocab_size
-    # The unigram is the prior of each row (MacKay and Peto 1995): unseen pairs have a probability too.
-    bigram = (pair_counts + PRIOR * unigram[right]) / (counts[left] + PRIOR)
-    bigram_loss = -(pair_uses * np.log(bigram)).sum() / max(pair_uses.sum(), 1)
-    return float(unigram_loss), float(bigram_loss), float(hash_uses[seen].sum() / max(hash_uses.sum(), 1))
-
-
-def pair_codes(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """A number for each two tokens in a row, (len(tokens) - 1,) int64."""
-    tokens = tokens.astype(np.int64)
-    return tokens[:-1] * vocab_size + tokens[1:]
-
-
-def positions(values: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where in the sorted `table` those `values` are that are in it, and which of them that are (bool)."""
-    at = np.searchsorted(table, values)
-    found = at < len(table)
-    found[found] = table[at[found]] == values[found]
-    return at[found], found
-
-
-def window_hashes(tokens: np.ndarray) -> np.ndarray:
-    """A 64-bit polynomial hash of each WINDOW tokens along the last axis, (..., length - WINDOW + 1) uint64.
-
-    By doubling: the hash of 2k tokens is that of the first k times base^k plus that of the next k.
-    """
-    hashes = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    hashes ^= hashes >> np.uint64(29)
-    base, width = 0xD1342543DE82EF95, 1
-    while width < WINDOW:
-        hashes = hashes[..., :-width] * np.uint64(base) + hashes[..., width:]
-        base, width = base * base % (1 << 64), 2 * width
-    return hashes
-
-
 # ---- Putting the files into their place ----
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, down to the disk."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def publish(aside: Path, folder: Path) -> None:
@@ -472,8 +324,14 @@ def finish_move(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed `prepare` left: folders in which nothing has been written for an hour."""
+    """Remove what killed `prepare`s left: folders that nobody has locked.
+
+    Where that cannot be known, those in which nothing has been written for an hour.
+    """
     for old in folder.glob(ASIDE + "*"):
-        newest = max((path.stat().st_mtime for path in (old, *old.glob("*"))), default=0)
-        if time.time() - newest > 3600:
-            shutil.rmtree(old, ignore_errors=True)
+        with locked(old) as free:
+            if free is None:
+                times = [path.stat().st_mtime for path in (old, *old.glob("*")) if path.exists()]
+                free = time.time() - max(times, default=time.time()) > 3600
+            if free:
+                shutil.rmtree(old, ignore_errors=True)

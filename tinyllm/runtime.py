@@ -79,6 +79,8 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
         return torch.device("cpu"), " (no CUDA or MPS here)"
     try:
         device = torch.device(wanted)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("tinyllm knows cpu, cuda and mps")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
@@ -158,8 +160,8 @@ def compiled(model: nn.Module, tokens: Tensor, runtime: Runtime) -> tuple[nn.Mod
         with runtime.autocast():
             fast(tokens).sum().backward()
     except Exception as error:  # a missing C++ compiler, an unsupported op: many kinds, all with the same remedy
-        reason = str(error).strip().splitlines()[0][:100]
-        return model, f"torch.compile failed, going on without it ({type(error).__name__}: {reason})"
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(": ")[:100]  # some have no message
+        return model, f"torch.compile failed, going on without it ({reason})"
     finally:
         model.zero_grad(set_to_none=True)
     return fast, f"compiled in {time.perf_counter() - start:.0f} s"

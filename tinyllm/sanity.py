@@ -51,7 +51,8 @@ def sanity(run: Run) -> Iterator[Result]:
     """Run the checks in turn, the cheapest and most fundamental first."""
     for check in CHECKS:
         with torch.random.fork_rng():
-            yield check(run)
+            result = check(run)
+        yield result  # outside, so that whoever reads the results draws from their own state
 
 
 def token_ids(run: Run) -> Result:
@@ -108,17 +109,18 @@ def learning_rate(run: Run) -> Result:
 
 
 def decay_groups(run: Run) -> Result:
-    """Each parameter is in one group; nothing of one dimension (a bias, a norm's gain) decays."""
-    model = new_state(run).model
-    groups = parameter_groups(model, run.config.optim)
-    placed = Counter(id(p) for group in groups for p in group.parameters)
-    named = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    measured = ", ".join(f"{g.name} {len(g.names)} tensors ({g.count:,})" for g in groups)
+    """Each parameter is in one group of one optimizer; nothing of one dimension (a bias, a norm's gain) decays."""
+    state = new_state(run)
+    groups = list(all_groups(state.optimizers))
+    placed = Counter(id(p) for group in groups for p in group["params"])
+    named = {id(p): name for name, p in state.model.named_parameters()}  # frozen ones too: nothing here freezes any
+    summary = parameter_groups(state.model, run.config.optim)
+    measured = ", ".join(f"{g.name} {len(g.names)} tensors ({g.count:,})" for g in summary)
     expected = f"{len(named)} tensors, each once"
     if placed.keys() != named.keys() or max(placed.values()) > 1:
         wrong = [named[i] for i in named if placed[i] != 1]
         return Result("decay groups", "fail", f"missing or twice: {', '.join(wrong[:3])}", expected)
-    decayed = [n for g in groups if g.weight_decay for n, p in zip(g.names, g.parameters, strict=True) if p.dim() < 2]
+    decayed = [named[id(p)] for group in groups if group["weight_decay"] for p in group["params"] if p.dim() < 2]
     if decayed:
         return Result("decay groups", "fail", f"decays {', '.join(decayed[:3])}", "only matrices decay")
     return Result("decay groups", "pass", measured, expected)

@@ -8,6 +8,7 @@
 A line of .jsonl is a document, and so is what lies between two `data.separator`s of a .txt. A .txt without
 any is unmarked: no document ends in it, unless it is read together with marked files. Long texts come in
 parts, so that memory stays flat. Text must be UTF-8, and is: nothing is replaced or skipped silently.
+`find_boundary` and `divided` cut the stream into the training and the validation split.
 """
 
 import codecs
@@ -15,18 +16,20 @@ import difflib
 import glob
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from tinyllm.config import DataConfig
+from tinyllm.download import Meter, Progress, cache_path, fetch
 from tinyllm.errors import DataError
-from tinyllm.tokenizer import Meter, cache_path, fetch
 
 BLOCK = 1 << 20  # bytes a read
+REPORT = 1 << 19  # bytes of text between two reports of progress
 PART = 1 << 16  # characters a part of a long text: small enough that a few of them keep every core busy
 SUFFIXES = (".txt", ".jsonl")
 NAMED = {
@@ -70,15 +73,19 @@ def inputs(config: DataConfig) -> tuple[Input, ...]:
         url, name, sha256 = NAMED[source]
         return (Input(source, cache_path(name), url, sha256),)
     if re.match("https?://", source):
+        try:
+            path = urlsplit(source).path
+        except ValueError as error:
+            raise DataError(f"not a URL: {error}", where=source) from None
         # Two sites may both have an input.txt.
-        suffix = ".jsonl" if PurePosixPath(urlsplit(source).path).suffix == ".jsonl" else ".txt"
+        suffix = ".jsonl" if PurePosixPath(path).suffix == ".jsonl" else ".txt"
         return (Input(source, cache_path(hashlib.sha256(source.encode()).hexdigest()[:16] + suffix), source),)
     return tuple(Input(path.as_posix(), path) for path in local_files(source))
 
 
 def local_files(source: str) -> list[Path]:
     """The .txt and .jsonl files a path, folder or glob means, sorted. Raises DataError if it means none."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # of an unknown user, Path.expanduser raises
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not found:
@@ -284,3 +291,54 @@ def json_text(line: bytes, key: str, where: str) -> str:
         what = f"not an object with text under {key!r}"
         raise DataError(what, where=where, fix=f'a line is like {{"{key}": "Once upon a time ..."}}') from None
     return text
+
+
+# ---- The two splits ----
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where the validation split begins: after this many documents, or (when `documents` is 0) characters."""
+
+    documents: int
+    characters: int
+    marked: bool  # documents are marked in the text
+
+
+def find_boundary(config: DataConfig, files: tuple[Input, ...]) -> Generator[Progress, None, tuple[Boundary, int, int]]:
+    """Where to divide the text; its characters and its UTF-8 bytes. Reads all of it. Raises DataError."""
+    documents = characters = text_bytes = 0
+    total, shown = sum(file.path.stat().st_size for file in files), 0
+    marked = False
+    for piece in pieces(config, files):
+        documents += piece.end
+        characters += len(piece.text)
+        text_bytes += len(piece.text.encode())
+        marked = marked or piece.end
+        if text_bytes - shown >= REPORT:
+            shown = text_bytes
+            yield Progress("reading", text_bytes, total)
+    train = int(documents * (1 - config.val_fraction))
+    if documents > 1:
+        return Boundary(min(max(train, 1), documents - 1), 0, True), characters, text_bytes
+    train = int(characters * (1 - config.val_fraction))  # as nanoGPT does
+    if not 0 < train < characters:
+        what = f"{characters:,} characters cannot be divided by data.val_fraction = {config.val_fraction:g}"
+        raise DataError(what, where=config.source, fix="more text, or a larger data.val_fraction")
+    return Boundary(0, train, marked), characters, text_bytes
+
+
+def divided(config: DataConfig, files: tuple[Input, ...], boundary: Boundary) -> Iterator[tuple[str, Piece]]:
+    """Each piece of text with the name of its split; the one across the boundary is cut in two."""
+    documents = characters = 0
+    for piece in pieces(config, files):
+        if boundary.documents:
+            yield ("train" if documents < boundary.documents else "val"), piece
+        else:
+            train = min(max(boundary.characters - characters, 0), len(piece.text))
+            if train:
+                yield "train", Piece(piece.text[:train], piece.end and train == len(piece.text))
+            if train < len(piece.text):
+                yield "val", Piece(piece.text[train:], piece.end)
+        documents += piece.end
+        characters += len(piece.text)

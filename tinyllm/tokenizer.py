@@ -15,14 +15,13 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tinyllm.errors import DataError, TokenizerError
+from tinyllm.download import fetch
+from tinyllm.errors import TokenizerError
 
 KINDS = ("char", "byte", "bpe", "gpt2")
 END_OF_TEXT = "<|endoftext|>"
@@ -85,12 +84,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load(path: str, *, documents: bool) -> Tokenizer:
     """The tokenizer of a tokenizer.json. Raises TokenizerError."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
     except FileNotFoundError:
         fix = "data.tokenizer is `char`, `byte`, `bpe`, `gpt2`, or the path of a tokenizer.json"
         raise TokenizerError("no such tokenizer, and no such file", where=path, fix=fix) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"cannot be read: {error}", where=path) from None
+    except OSError as error:
+        raise TokenizerError(f"cannot be read: {error.strerror}", where=path) from None
+    except UnicodeDecodeError:
+        raise TokenizerError("not a tokenizer.json: not UTF-8 text", where=path) from None
     tokenizer = from_json(text, where=path)
     if documents and end_of_text(tokenizer) is None:
         what = f"it has no end-of-text token ({', '.join(END_NAMES)}), and the text is a row of documents"
@@ -242,69 +243,3 @@ def byte_symbols() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-# ---- Downloads ----
-
-
-class Stopped(Exception):
-    """Raised in a worker that was asked to stop."""
-
-
-@dataclass
-class Meter:
-    """How far a worker is, in bytes: read by one thread, moved by another, which stops when told to.
-
-    Its methods are those of the progress bar that pooch wants.
-    """
-
-    done: int = 0
-    total: int = 0  # 0: not known
-    stopped: bool = False
-
-    def update(self, n: int) -> None:
-        self.done += n
-        if self.stopped:
-            raise Stopped
-
-    def reset(self) -> None:
-        self.done = 0
-
-    def close(self) -> None:
-        pass
-
-
-def cache_path(name: str) -> Path:
-    """Where a download is kept: in TINYLLM_CACHE, or the user's cache folder."""
-    import platformdirs
-
-    return Path(os.environ.get("TINYLLM_CACHE") or platformdirs.user_cache_dir("tinyllm")) / name
-
-
-def fetch(url: str, name: str, sha256: str | None = None, *, mirror: bool = True, meter: Meter | None = None) -> Path:
-    """The file of this name in the cache, downloaded when it is not there or has another checksum.
-
-    With `mirror`, the environment variable TINYLLM_MIRROR replaces the URL's host. Raises DataError.
-    """
-    path = cache_path(name)
-    base = os.environ.get("TINYLLM_MIRROR", "").rstrip("/") if mirror else ""
-    url = base + urlsplit(url).path if base else url
-    import pooch
-    import requests
-
-    pooch.get_logger().setLevel("ERROR")  # it would write to the terminal
-    # Not compressed on the way: what arrives can then be compared with Content-Length.
-    web = pooch.HTTPDownloader(
-        progressbar=meter or Meter(), chunk_size=1 << 16, headers={"Accept-Encoding": "identity"}
-    )
-    known = f"sha256:{sha256}" if sha256 else None
-    try:
-        return Path(pooch.retrieve(url, known, path.name, path.parent, downloader=web))
-    except (requests.RequestException, OSError) as error:
-        # Its own text goes on for lines; the subclasses (a proxy, a certificate) have something to say.
-        offline = type(error) is requests.ConnectionError
-        problem = f"download failed: {f'no connection to {urlsplit(url).netloc}' if offline else error}"
-    except ValueError:
-        problem = f"the download is not the file it should be: its SHA-256 is not {sha256}"
-    by_hand = f"put the file at {path} by hand" + (f" (SHA-256 {sha256})" if sha256 else "")
-    raise DataError(problem, where=url, fix=f"check the connection, or {by_hand}")

@@ -3,8 +3,8 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich import box
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinyllm import __version__
-from tinyllm.errors import TinyLLMError
+from tinyllm.errors import TinyLLMError, typed
 from tinyllm.events import Evaluated, Evaluation, Event, Finished, Note, Saved, StepDone, Stopped
 from tinyllm.examples import Example
 
@@ -26,15 +26,40 @@ if TYPE_CHECKING:  # these import NumPy, some of them torch, which `--help` must
     from tinyllm.sanity import Result
 
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal to redraw
-VERDICTS = {"pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
+VERDICTS = {"pass": ("✓+", "green"), "warn": ("!!", "yellow"), "fail": ("✗x", "bold red")}  # the second in plain ASCII
+
+
+class Results(Console):
+    """Standard output. Rich would exit with 1 when its reader has left; cli.py knows better."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class Listener:
+    """Standard error, but that nobody listens any more is no error: the run goes on to its next save.
+
+    Ctrl-C ends the `tee` of `train 2>&1 | tee log` too, and a lost connection takes the terminal away.
+    """
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 def stdout() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    return Results(highlight=False, soft_wrap=True)
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(file=cast(TextIO, Listener()), highlight=False, soft_wrap=True)
 
 
 def show_error(error: TinyLLMError) -> None:
@@ -81,9 +106,9 @@ def show_preparing(events: "Iterable[Preparing | Prepared]") -> "Prepared":
     return prepared
 
 
-def show_prepared(prepared: "Prepared") -> None:
-    """What the data is, and the losses that a model of it must beat."""
-    out = stdout()
+def show_prepared(prepared: "Prepared", asked_for: bool = True) -> None:
+    """What the data is, and the losses that a model of it must beat: a result only if it was asked for."""
+    out = stdout() if asked_for else stderr()
     if prepared.reasons and prepared.reasons != ("new",):
         note("prepared again: " + "; ".join(prepared.reasons))
     if not prepared.reasons:
@@ -115,8 +140,12 @@ def show_sanity(results: Iterable["Result"]) -> bool:
     started = time.monotonic()
     for item in results:
         counts[item.verdict] += 1
-        mark, style = VERDICTS[item.verdict]
-        out.print(Text.assemble((f"{mark} ", style), (f"{item.name:<18}", "bold"), item.measured))
+        marks, style = VERDICTS[item.verdict]
+        mark = marks[not out.encoding.startswith("utf")]
+        line = Text.assemble((f"{mark} ", style), (f"{item.name:<18}", "bold"), item.measured)
+        beside = Text(f"  expected {item.expected}", "dim")
+        fits = item.verdict == "pass" and len(line) + len(beside) <= 80
+        out.print(line + beside if fits else line)
         if item.verdict != "pass":
             out.print(Text.assemble(" " * 20, ("expected ", "dim"), item.expected))
             if item.fix:
@@ -140,10 +169,11 @@ def show_run(run: "Run", groups: Sequence["ParameterGroup"], step: int) -> None:
     parameters = sum(group.count for group in groups)
     accumulation = f" in {config.accumulation_steps} micro-batches" if config.accumulation_steps > 1 else ""
     rows = {
-        "data": f"{data.source}, {data.tokenizer} tokens, vocabulary {data.vocab_size:,}: {data.train.tokens:,}",
-        "model": f"{model.recipe}, {model.n_layer} layers of {model.n_embd}, context {model.block_size}: "
+        "data": f"{data.source}, {data.tokenizer} tokens, vocabulary {data.vocab_size:,}: "
+        f"{data.train.tokens:,} to train on",
+        "model": f"{model.recipe}, {plural(model.n_layer, 'layer')} of {model.n_embd}, context {model.block_size}: "
         f"{parameters:,} parameters",
-        "optim": ", ".join(f"{g.name} {len(g.names)} tensors ({g.count:,})" for g in groups),
+        "optim": config.optim.name + ": " + ", ".join(f"{g.name} {len(g.names)} ({g.count:,})" for g in groups),
         "device": run.runtime.summary,
         "steps": f"{steps:,} of {config.tokens_per_step:,} tokens{accumulation}: "
         f"{quantity(tokens)} tokens, {tokens / data.train.tokens:.1f} epochs",
@@ -258,7 +288,7 @@ def show_finished(end: Finished, run: "Run", seconds: float) -> None:
         )
     if end.best_val_loss < end.final.loss:
         out.print(f"the best was {end.best_val_loss:.4f}; its weights are in {run.config.train.out_dir}/best.pt")
-    elsewhere = "" if run.config.train.out_dir == "out" else f" --checkpoint {run.config.train.out_dir}"
+    elsewhere = "" if run.config.train.out_dir == "out" else f" --checkpoint {typed(run.config.train.out_dir)}"
     note(f'trained in {duration(seconds)}; now try: tinyllm sample{elsewhere} --prompt "..."')
 
 
@@ -270,9 +300,7 @@ def show_evaluations(parts: Mapping[str, Evaluation], entropy: float | None) -> 
     """Losses by split, for `eval`."""
     out = stdout()
     for name, part in parts.items():
-        out.print(
-            Text.assemble((f"{name:<10} loss ", "bold"), f"{part.loss:.4f}{summary(part)}, {part.tokens:,} tokens")
-        )
+        out.print(Text.assemble((f"{name:<10} loss ", "bold"), f"{part.loss:.4f}{summary(part)}"))
     if entropy is not None:
         out.print(f"the corpus's own entropy is {entropy:.4f} nats a token of the validation split")
 
@@ -325,6 +353,11 @@ def show_examples(items: Sequence[Example]) -> None:
 
 
 # ---- numbers ----
+
+
+def plural(count: int, word: str) -> str:
+    """1 layer, 2 layers."""
+    return f"{count:,} {word}" + "s" * (count != 1)
 
 
 def quantity(value: float) -> str:
