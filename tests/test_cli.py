@@ -484,7 +484,7 @@ def test_eval_measures_what_training_measured(home):
     assert err == ""
     whole, _ = tiny("eval", cwd=home)
     tokens = len(TEXT) - int(len(TEXT) * 0.9)
-    assert f"{tokens - 1:,} tokens" in whole, "all of the validation split"
+    assert f"{tokens - 1:,} tokens of val" in whole, "all of the validation split"
 
 
 def test_sample_says_the_same_with_the_same_seed(home):

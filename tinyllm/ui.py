@@ -300,7 +300,8 @@ def show_evaluations(parts: Mapping[str, Evaluation], entropy: float | None) -> 
     """Losses by split, for `eval`."""
     out = stdout()
     for name, part in parts.items():
-        out.print(Text.assemble((f"{name:<10} loss ", "bold"), f"{part.loss:.4f}{summary(part)}"))
+        out.print(Text.assemble((f"{name:<6}loss ", "bold"), f"{part.loss:.4f}{summary(part)}"))
+    out.print("on " + " and ".join(f"{part.tokens:,} tokens of {name}" for name, part in parts.items()))
     if entropy is not None:
         out.print(f"the corpus's own entropy is {entropy:.4f} nats a token of the validation split")
 
