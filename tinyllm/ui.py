@@ -125,9 +125,11 @@ def show_prepared(prepared: "Prepared", asked_for: bool = True) -> None:
     overlap = f"{prepared.overlap:.1%} of the validation windows occur in training"
     out.print(f"{prepared.bytes_per_token:.2f} bytes a token; {overlap}")
     rungs = {"unigram": prepared.unigram_entropy, "bigram": prepared.bigram_entropy}
-    floor = {} if prepared.entropy is None else {"the grammar itself": prepared.entropy}
-    ladder = "  ".join(f"{name} {value:.3f}" for name, value in (rungs | floor).items())
-    out.print(f"validation loss, nats a token: {ladder}")
+    ladder = ", ".join(f"{name} {value:.3f}" for name, value in rungs.items())
+    out.print(f"validation loss to beat, nats a token: {ladder}")
+    if prepared.entropy is not None:
+        a_character = prepared.entropy * prepared.val.tokens / prepared.val.characters
+        out.print(f"the best any model can do: {prepared.entropy:.4f} nats a token, {a_character:.4f} a character")
 
 
 # ---- sanity ----
@@ -169,8 +171,8 @@ def show_run(run: "Run", groups: Sequence["ParameterGroup"], step: int) -> None:
     parameters = sum(group.count for group in groups)
     accumulation = f" in {config.accumulation_steps} micro-batches" if config.accumulation_steps > 1 else ""
     rows = {
-        "data": f"{data.source}, {data.tokenizer} tokens, vocabulary {data.vocab_size:,}: "
-        f"{data.train.tokens:,} to train on",
+        "data": f"{data.source}, {data.tokenizer}: {data.train.tokens:,} training tokens, "
+        f"vocabulary {data.vocab_size:,}",
         "model": f"{model.recipe}, {plural(model.n_layer, 'layer')} of {model.n_embd}, context {model.block_size}: "
         f"{parameters:,} parameters",
         "optim": config.optim.name + ": " + ", ".join(f"{g.name} {len(g.names)} ({g.count:,})" for g in groups),
@@ -203,7 +205,8 @@ def show_training(events: Iterable[Event], run: "Run", step: int) -> Finished | 
                 case StepDone():
                     rate = clock.tick(event.step)
                     eta = clock.eta(config.train.max_steps)
-                    update(event.step, f"loss {event.loss:.3f}  lr {event.lr:.1e}  {quantity(rate)} tok/s  {eta} left")
+                    values = f"loss {event.loss:.3f} norm {event.grad_norm:.2f} lr {event.lr:.1e}"
+                    update(event.step, f"{values} {quantity(rate)} tok/s {eta} left")
                 case Evaluated():
                     console.print(evaluation_row(event))
                     clock.skip()
@@ -254,9 +257,9 @@ class Clock:
 def live_line(console: Console, step: int, total: int) -> Iterator[Callable[[int, str], None]]:
     """A function to show (step, text) with: redrawn in place in a terminal, a plain line now and then elsewhere."""
     if console.is_terminal:
-        columns = (TextColumn("{task.completed:>9,}/{task.total:,}"), BarColumn(16), TextColumn("{task.description}"))
+        columns = (TextColumn("{task.completed:,}/{task.total:,}"), BarColumn(None), TextColumn("{task.description}"))
         # Redrawn when there is something new, not by a timer thread: the cores are busy.
-        with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+        with Progress(*columns, console=console, transient=True, auto_refresh=False, expand=True) as bar:
             task = bar.add_task("starting", total=total, completed=step)
 
             def redraw(step: int, text: str) -> None:
