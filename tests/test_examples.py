@@ -59,8 +59,6 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     args = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", folder, ROOT]
     made = subprocess.run([sys.executable, "-m", "pip", *args], capture_output=True, text=True, check=False)
-    if made.returncode and "hatchling" in made.stderr:
-        pytest.skip("hatchling is not installed here, and a wheel cannot be built without it")
     assert made.returncode == 0, made.stderr
     return next(folder.glob("*.whl"))
 
