@@ -439,6 +439,15 @@ def test_evaluation_disturbs_nothing(make_run, training):
     assert all(p.grad is None for p in state.model.parameters())
 
 
+def test_an_evaluation_that_is_not_finite_ends_the_run(make_run):
+    run = make_run()
+    state = new_state(run)
+    with torch.no_grad():
+        state.model.wte.weight[0, 0] = math.nan
+    with pytest.raises(RunError, match="the loss of the val split is nan: the weights are useless"):
+        evaluate(run, state.model, "val")
+
+
 def test_ignored_targets_do_not_count(make_run, monkeypatch):
     run = make_run()
     model = new_state(run).model

@@ -209,6 +209,13 @@ def test_the_ends_of_the_unit_interval(settings):
     assert ids[1].item() == (0 if settings.get("top_p") == 1e-9 else 2)
 
 
+def test_the_smallest_temperature_is_greedy():
+    """Divided by it the logits would overflow."""
+    logits = torch.tensor([[-1e5, 2.0, 1.0], [3e5, 2.0, 1.0]])
+    draws = torch.tensor([0.99, 0.99], dtype=torch.float64)
+    assert choose(logits, Sampling(temperature=5e-324), draws).tolist() == [1, 0]
+
+
 def test_equal_logits_are_equally_likely_and_rows_are_their_own():
     even = torch.zeros(8)
     torch.testing.assert_close(chosen(even, temperature=1.0), torch.full((8,), 0.125).double(), rtol=0, atol=1e-4)

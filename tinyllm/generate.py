@@ -8,6 +8,7 @@ sample i comes from a counter, so asking for more samples, or for other lengths,
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from tinyllm import tokenizer as tok
 from tinyllm.checkpoint import Checkpoint, load_weights
 from tinyllm.config import check
+from tinyllm.errors import TokenizerError
 from tinyllm.model import GPT, KVCache
 from tinyllm.runtime import choose_device
 
@@ -113,7 +115,10 @@ class Speaker:
         ids = tok.encode(self.tokenizer, prompt)
         if self.end_token is not None:
             return [self.end_token, *ids]
-        return ids or tok.encode(self.tokenizer, "\n")
+        if not ids:  # the text has to begin somewhere: after a line's end, where the tokenizer has one
+            with suppress(TokenizerError):
+                ids = tok.encode(self.tokenizer, "\n")
+        return ids or [0]
 
     def speak(self, ids: Sequence[int], sampling: Sampling, n_samples: int) -> Iterator[list[str | None]]:
         """Yield for each step the new text of each sample, as soon as its characters are whole; None at its end."""
