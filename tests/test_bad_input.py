@@ -66,7 +66,7 @@ class Home:
         assert code == 0, err
         return out
 
-    def refused(self, *args, says, leaves=()):
+    def assert_refused(self, *args, says, leaves=()):
         """Expect exit code 2, an error with each of the words, and the folder as it was, but for what it `leaves`."""
         before = self.snapshot()
         code, out, err = self.run(*args)
@@ -123,7 +123,7 @@ def sets(*values):
 
 @pytest.mark.parametrize("command", ["config", "prepare", "sanity", "plot-lr", "train"])
 def test_no_config(home, command):
-    home.refused(command, "nowhere.toml", says=["nowhere.toml: no such run config", "tinyllm new quickstart"])
+    home.assert_refused(command, "nowhere.toml", says=["nowhere.toml: no such run config", "tinyllm new quickstart"])
 
 
 @pytest.mark.parametrize(
@@ -159,19 +159,19 @@ def test_no_config(home, command):
 )
 def test_a_config_that_is_wrong(home, content, says):
     home.write("run.toml", content)
-    home.refused("config", says=["run.toml", *says])
+    home.assert_refused("config", says=["run.toml", *says])
 
 
 def test_all_mistakes_are_told_at_once(home):
     home.write("run.toml", "[model]\nn_layer = 0\nn_heads = 2\n[optim]\nlr = -1\n[train]\nmax_steps = true\n")
-    err = home.refused("train", says=["run.toml:2: model.n_layer = 0", "run.toml:3: model.n_heads = 2"])
+    err = home.assert_refused("train", says=["run.toml:2: model.n_layer = 0", "run.toml:3: model.n_heads = 2"])
     assert "run.toml:5: optim.lr = -1" in err
     assert "run.toml:7: train.max_steps = true" in err
 
 
 @pytest.mark.parametrize("form", ["", "x", "=3", ".=3", "model=3", "model.=3", "model.n_layer", "n_layer=3"])
 def test_set_in_a_form_that_is_none(home, form):
-    home.refused("config", "--set", form, says=["--set", f"cannot read {form!r}", "--set optim.lr=3e-4"])
+    home.assert_refused("config", "--set", form, says=["--set", f"cannot read {form!r}", "--set optim.lr=3e-4"])
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_set_in_a_form_that_is_none(home, form):
     ],
 )
 def test_set_to_a_value_that_is_wrong(home, setting, says):
-    home.refused("train", "--set", setting, says=["--set", *says])
+    home.assert_refused("train", "--set", setting, says=["--set", *says])
 
 
 # ---- The text ----
@@ -221,7 +221,7 @@ def test_set_to_a_value_that_is_wrong(home, setting, says):
 @pytest.mark.parametrize("command", ["prepare", "train"])
 def test_a_text_that_is_wrong(home, command, name, content, says):
     home.write(name, content)
-    err = home.refused(command, *sets(f"data.source={name}"), says=["error: ", *says])
+    err = home.assert_refused(command, *sets(f"data.source={name}"), says=["error: ", *says])
     assert "fix: " in err or name.endswith("jsonl")
 
 
@@ -236,28 +236,30 @@ def test_a_text_that_is_wrong(home, command, name, content, says):
 )
 def test_a_source_that_is_none(home, source, says):
     home.write("folder/a.md", "text")
-    home.refused("train", *sets(f"data.source={source}"), says=says)
+    home.assert_refused("train", *sets(f"data.source={source}"), says=says)
 
 
 def test_a_validation_split_shorter_than_the_context(home):
     size = len(TEXT) - int(len(TEXT) * 0.9)
     says = ["the val split has", f"{size:,} tokens", "block_size + 1 = 4,097", "data.val_fraction", "model.block_size"]
-    home.refused("train", *sets("model.block_size=4096"), says=says, leaves=["data"])
+    home.assert_refused("train", *sets("model.block_size=4096"), says=says, leaves=["data"])
 
 
 def test_vocabularies_that_do_not_fit(home):
     says = ["model.vocab_size = 5 is too small", f"has {len(set(TEXT))} tokens", "model.vocab_size = 0"]
-    home.refused("train", *sets("model.vocab_size=5"), says=says, leaves=["data"])
+    home.assert_refused("train", *sets("model.vocab_size=5"), says=says, leaves=["data"])
     bpe = ("data.tokenizer=bpe", "data.dir=bpe")
     says = ["data.vocab_size = 60000", "the text has", "or data.vocab_size = "]
-    home.refused("prepare", *sets(*bpe, "data.vocab_size=60000"), says=says, leaves=["data"])
-    home.refused("prepare", *sets(*bpe, "data.vocab_size=256"), says=["data.vocab_size = 256", "257"], leaves=["data"])
+    home.assert_refused("prepare", *sets(*bpe, "data.vocab_size=60000"), says=says, leaves=["data"])
+    home.assert_refused(
+        "prepare", *sets(*bpe, "data.vocab_size=256"), says=["data.vocab_size = 256", "257"], leaves=["data"]
+    )
 
 
 @pytest.mark.parametrize("tokenizer", ["chars", "a.txt", "missing/tokenizer.json"])
 def test_a_tokenizer_that_is_none(home, tokenizer):
     says = [tokenizer, "not a tokenizer.json" if tokenizer == "a.txt" else "no such tokenizer"]
-    home.refused("prepare", *sets(f"data.tokenizer={tokenizer}"), says=says)
+    home.assert_refused("prepare", *sets(f"data.tokenizer={tokenizer}"), says=says)
 
 
 # ---- The prepared data ----
@@ -267,19 +269,19 @@ def test_data_that_is_missing_or_damaged_or_of_other_settings(home):
     home.done("prepare")
     meta = (home.path / "data" / "meta.json").read_bytes()
     says = ["data.val_fraction: 0.1 -> 0.2", "tinyllm prepare run.toml", "another data.dir"]
-    home.refused("train", *sets("data.val_fraction=0.2"), says=says)
+    home.assert_refused("train", *sets("data.val_fraction=0.2"), says=says)
     home.write("a.txt", TEXT + "more\n")
-    home.refused("train", says=["a.txt", "bytes", "tinyllm prepare run.toml"])
+    home.assert_refused("train", says=["a.txt", "bytes", "tinyllm prepare run.toml"])
     home.write("a.txt", TEXT)
     for name in ("val.bin", "tokenizer.json"):
         whole = (home.path / "data" / name).read_bytes()
         home.write(f"data/{name}", whole[:-10])
-        home.refused("train", says=[f"data/{name}", "tinyllm prepare run.toml --force"])
+        home.assert_refused("train", says=[f"data/{name}", "tinyllm prepare run.toml --force"])
         (home.path / "data" / name).unlink()
-        home.refused("train", says=[f"data/{name}", "no such", "tinyllm prepare run.toml"])
+        home.assert_refused("train", says=[f"data/{name}", "no such", "tinyllm prepare run.toml"])
         home.write(f"data/{name}", whole)
     home.write("data/meta.json", meta[:-40])
-    home.refused("train", says=["data/meta.json", "damaged", "--force"])
+    home.assert_refused("train", says=["data/meta.json", "damaged", "--force"])
     home.write("data/meta.json", meta)
     home.done("train")
 
@@ -288,8 +290,8 @@ def test_folders_that_cannot_be(home):
     home.write("file", "a regular file")
     for key in ("train.out_dir", "data.dir"):
         for place in ("file", "file/below", "/proc/nowhere"):
-            home.refused("train", *sets(f"{key}={place}"), says=[place, "cannot be written"])
-        home.refused("train", *sets(f"{key}={'a' * 300}"), says=["a" * 300, "File name too long"])
+            home.assert_refused("train", *sets(f"{key}={place}"), says=[place, "cannot be written"])
+        home.assert_refused("train", *sets(f"{key}={'a' * 300}"), says=["a" * 300, "File name too long"])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -325,7 +327,9 @@ def test_a_full_disk(home, small_disk):
     (small_disk / "ballast").write_bytes(bytes(900_000))
     wide = ("model.n_embd=128", "model.n_layer=2", f"train.out_dir={small_disk}/out")
     err = (
-        home.refused("train", *sets(*wide), says=["No space left", "free some space"], leaves=["data"]) if False else ""
+        home.assert_refused("train", *sets(*wide), says=["No space left", "free some space"], leaves=["data"])
+        if False
+        else ""
     )
     code, _, err = home.run("train", *sets(*wide))
     assert code == 2
@@ -358,7 +362,7 @@ def nobody(monkeypatch):
 @pytest.mark.parametrize("command", ["prepare", "train"])
 def test_no_network(home, nobody, command, setting):
     says = [nobody, "download failed", "no connection", "check the connection", "by hand", str(home.path / "cache")]
-    home.refused(command, *sets(setting), says=says)
+    home.assert_refused(command, *sets(setting), says=says)
     assert not [p for p in (home.path / "cache").rglob("*") if p.is_file()]
 
 
@@ -378,8 +382,8 @@ def test_a_mirror_without_the_file_or_with_another(home, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("TINYLLM_MIRROR", f"http://127.0.0.1:{server.server_port}")
     try:
-        home.refused("prepare", *sets("data.source=shakespeare"), says=["not the file it should be", "SHA-256"])
-        home.refused("prepare", *sets("data.source=tinystories"), says=["download failed", "404"])
+        home.assert_refused("prepare", *sets("data.source=shakespeare"), says=["not the file it should be", "SHA-256"])
+        home.assert_refused("prepare", *sets("data.source=tinystories"), says=["download failed", "404"])
     finally:
         server.shutdown()
         server.server_close()
@@ -389,10 +393,10 @@ def test_a_mirror_without_the_file_or_with_another(home, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_device_that_is_not_here(trained):
     says = ["'cuda'", "cannot be used", "auto"]
-    trained.refused("train", "--overwrite", *sets("runtime.device=cuda"), says=says)
-    trained.refused("resume", *sets("runtime.device=cuda"), says=says)
-    trained.refused("sample", "--device", "cuda", says=says)
-    trained.refused("sample", "--device", "gpu", says=["'gpu'", "`cuda`"])
+    trained.assert_refused("train", "--overwrite", *sets("runtime.device=cuda"), says=says)
+    trained.assert_refused("resume", *sets("runtime.device=cuda"), says=says)
+    trained.assert_refused("sample", "--device", "cuda", says=says)
+    trained.assert_refused("sample", "--device", "gpu", says=["'gpu'", "`cuda`"])
 
 
 @pytest.mark.parametrize("setting", ["model.n_embd=1000000000", "train.batch_size=1000000000000"])
@@ -427,7 +431,7 @@ def test_checkpoints_that_are_none(trained):
         archive.writestr("hello", "world")
     for path in sorted((trained.path / "bad").iterdir()):
         for command in (["resume", path], ["eval", path], ["sample", "-c", path]):
-            err = trained.refused(*command, says=[f"bad/{path.name}", "checkpoint"])
+            err = trained.assert_refused(*command, says=[f"bad/{path.name}", "checkpoint"])
             if path.name == "newer.pt":
                 assert "version 99" in err
     assert not (trained.path / "pwned").exists()
@@ -435,25 +439,25 @@ def test_checkpoints_that_are_none(trained):
 
 def test_checkpoints_that_are_not_there(trained):
     for command in (["resume", "no.pt"], ["eval", "no.pt"], ["sample", "-c", "no.pt"]):
-        trained.refused(*command, says=["no.pt: no such checkpoint", "tinyllm train run.toml"])
+        trained.assert_refused(*command, says=["no.pt: no such checkpoint", "tinyllm train run.toml"])
     (trained.path / "hollow").mkdir()
     for command in (["resume", "hollow"], ["eval", "hollow"], ["sample", "-c", "hollow"]):
-        trained.refused(*command, says=["hollow/", "ckpt.pt"])
+        trained.assert_refused(*command, says=["hollow/", "ckpt.pt"])
 
 
 def test_resume_refuses_what_would_be_another_run(trained):
-    trained.refused("resume", *sets("optim.lr=1"), says=["optim.lr", "cannot change", "tinyllm train"])
-    trained.refused("resume", "--set", "nonsense", says=["nonsense", "--set"])
+    trained.assert_refused("resume", *sets("optim.lr=1"), says=["optim.lr", "cannot change", "tinyllm train"])
+    trained.assert_refused("resume", "--set", "nonsense", says=["nonsense", "--set"])
     trained.done("prepare", *sets("data.tokenizer=byte", "data.dir=bytes"))
-    trained.refused("resume", *sets("data.dir=bytes"), says=["bytes", "data.tokenizer", '"char"', '"byte"'])
+    trained.assert_refused("resume", *sets("data.dir=bytes"), says=["bytes", "data.tokenizer", '"char"', '"byte"'])
 
 
 def test_a_folder_that_holds_a_run(trained):
     says = ["out/: already holds a run", "`tinyllm resume out/ckpt.pt`", "--overwrite", "train.out_dir"]
-    trained.refused("train", says=says)
+    trained.assert_refused("train", says=says)
     # What is wrong with the new run is found before the old one is deleted.
     for wrong in ("data.source=b.txt", "model.block_size=4096", "model.vocab_size=3", "data.val_fraction=0.5"):
-        trained.refused("train", "--overwrite", "--set", wrong, says=["error"])
+        trained.assert_refused("train", "--overwrite", "--set", wrong, says=["error"])
     trained.done("train", "--overwrite")
 
 
@@ -478,7 +482,7 @@ def test_a_folder_that_holds_a_run(trained):
     ],
 )
 def test_options_out_of_range(trained, option, value):
-    trained.refused("sample", option, value, says=["Invalid value", option, "Input should be"])
+    trained.assert_refused("sample", option, value, says=["Invalid value", option, "Input should be"])
 
 
 @pytest.mark.parametrize(
@@ -500,27 +504,27 @@ def test_options_out_of_range(trained, option, value):
     ],
 )
 def test_commands_that_make_no_sense(home, args, says):
-    home.refused(*args, says=says)
+    home.assert_refused(*args, says=says)
 
 
 def test_prompts_that_cannot_be_read(trained, monkeypatch):
     trained.write("photo.txt", b"\x89PNG\r\n\xff")
-    trained.refused("sample", "--prompt-file", "no.txt", says=["no.txt", "cannot be read", "No such file"])
-    trained.refused("sample", "--prompt-file", ".", says=["cannot be read", "Is a directory"])
-    trained.refused("sample", "--prompt-file", "photo.txt", says=["photo.txt", "not UTF-8"])
-    trained.refused(
+    trained.assert_refused("sample", "--prompt-file", "no.txt", says=["no.txt", "cannot be read", "No such file"])
+    trained.assert_refused("sample", "--prompt-file", ".", says=["cannot be read", "Is a directory"])
+    trained.assert_refused("sample", "--prompt-file", "photo.txt", says=["photo.txt", "not UTF-8"])
+    trained.assert_refused(
         "sample", "-p", "x", "--prompt-file", "photo.txt", says=["--prompt", "--prompt-file", "one of them"]
     )
     with open(trained.path / "photo.txt") as stream:
         monkeypatch.setattr(sys, "stdin", stream)
-        trained.refused("sample", "-p", "-", says=["standard input", "not UTF-8"])
+        trained.assert_refused("sample", "-p", "-", says=["standard input", "not UTF-8"])
 
 
 def test_a_prompt_with_an_unknown_character(trained):
     says = ["U+00FC", "'ü'", "line 2, column 4", "character 8"]
-    trained.refused("sample", "-p", "the \nfooü", says=says)
+    trained.assert_refused("sample", "-p", "the \nfooü", says=says)
     trained.write("prompt.txt", "the \nfooü")
-    trained.refused("sample", "--prompt-file", "prompt.txt", says=says)
+    trained.assert_refused("sample", "--prompt-file", "prompt.txt", says=says)
 
 
 # ---- Clumsy, but right ----
@@ -535,7 +539,7 @@ def test_a_byte_order_mark_and_windows_line_ends(home):
 def test_a_run_does_not_overwrite_its_config(home):
     """Its folder gets a run.toml of its own."""
     home.done("prepare")
-    home.refused("train", *sets("train.out_dir=."), says=["run.toml", "overwrite", "another train.out_dir"])
+    home.assert_refused("train", *sets("train.out_dir=."), says=["run.toml", "overwrite", "another train.out_dir"])
     home.done("train")
     home.done("train", "out/run.toml", "--overwrite")  # which is that one already
 
@@ -545,7 +549,7 @@ def test_odd_names(home):
     for name in ("my run", "-out", "it's", "Größe 日本", "[bold]"):
         home.done("train", *sets(f"train.out_dir={name}"))
         assert (home.path / name / "ckpt.pt").is_file()
-        err = home.refused("train", *sets(f"train.out_dir={name}"), says=[f"{name}/: already holds a run"])
+        err = home.assert_refused("train", *sets(f"train.out_dir={name}"), says=[f"{name}/: already holds a run"])
         command = err.split("`")[1]
         found = subprocess.run(
             ["bash", "-c", f'tinyllm() {{ printf "%s\\n" "$@"; }}; {command}'],

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tinyllm import config as cfg
 from tinyllm.config import RECIPES, RunConfig, check, json_schema, load, to_dict, to_toml
 from tinyllm.errors import ConfigError
+from tinyllm.mistakes import ALIASES
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.toml"))
 
@@ -179,9 +179,9 @@ def test_each_kind_of_value(tmp_path, text, expected):
     assert problems(write(tmp_path, text)) == ["run.toml:" + expected]
 
 
-@pytest.mark.parametrize("alias", cfg.ALIASES)
+@pytest.mark.parametrize("alias", ALIASES)
 def test_every_alias_leads_to_a_key_that_exists(tmp_path, alias):
-    section, key = cfg.ALIASES[alias].split(".")
+    section, key = ALIASES[alias].split(".")
     assert key in RunConfig.model_fields[section].annotation.model_fields
     (line,) = problems(write(tmp_path, f"[runtime]\n{alias} = 1"))
     assert line == f"run.toml:2: runtime.{alias} = 1: unknown key; here it is {section}.{key}"

@@ -9,11 +9,8 @@ reported together. Sections are immutable. Values that follow from others (micro
 are properties, never stored. No torch here: `tinyllm --help` and `plot-lr` must stay instant.
 """
 
-import difflib
-import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +18,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from tinyllm.errors import ConfigError
+from tinyllm.mistakes import Problem, line_of, problem_of, show
 
 # TOML's integers, and torch's, have 64 bits; Python's have no limit.
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -179,39 +177,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# What people who come from other trainers will type.
-ALIASES = {
-    "learning_rate": "optim.lr",
-    "max_lr": "optim.lr",
-    "beta1": "optim.betas",
-    "beta2": "optim.betas",
-    "max_iters": "train.max_steps",
-    "total_steps": "train.max_steps",
-    "warmup_iters": "schedule.warmup_steps",
-    "lr_decay_iters": "schedule.decay_steps",
-    "decay_lr": "schedule.kind",
-    "eval_iters": "train.eval_windows",
-    "gradient_accumulation_steps": "train.micro_batch_size",
-    "grad_accum_steps": "train.micro_batch_size",
-    "dataset": "data.source",
-    "context_length": "model.block_size",
-    "max_seq_len": "model.block_size",
-}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One mistake in a config: the dotted key, the value, and what is wrong with it."""
-
-    key: str
-    message: str
-    value: Any = None
-    has_value: bool = True
-
-    def __str__(self) -> str:
-        shown = f" = {show(self.value)}" if self.has_value else ""
-        return f"{self.key}{shown}: {self.message}"
-
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, override (`section.key=value`) and check a run config. Raises ConfigError naming every mistake."""
@@ -297,62 +262,13 @@ def validate(raw: Mapping[str, Any]) -> tuple[RunConfig, list[Problem]]:
     try:
         return RunConfig.model_validate(dict(raw)), []
     except ValidationError as error:
-        problems = [problem_of(e) for e in error.errors()]
+        sections = {name: list(field.annotation.model_fields) for name, field in RunConfig.model_fields.items()}
+        problems = [problem_of(e, sections) for e in error.errors()]
     good = {k: dict(v) for k, v in raw.items() if k in RunConfig.model_fields and isinstance(v, Mapping)}
     for problem in problems:
         section, _, key = problem.key.partition(".")
         good.get(section, {}).pop(key, None)
     return RunConfig.model_validate(good), problems
-
-
-def problem_of(error: Mapping[str, Any]) -> Problem:
-    """pydantic's error in the words of someone who wrote a TOML file."""
-    loc, value = [str(part) for part in error["loc"]], error["input"]
-    key = ".".join(loc[:2])
-    if error["type"] == "extra_forbidden":
-        return Problem(key, unknown_key(loc), value, has_value=len(loc) > 1)
-    if len(loc) == 1:
-        return Problem(key, f"must be a section: [{key}]", value)
-    where = f"item {int(loc[2]) + 1} " if len(loc) > 2 and loc[2].isdigit() else ""
-    kinds = {
-        "int_type": "must be a whole number",
-        "int_from_float": "must be a whole number",
-        "float_type": "must be a number",
-        "bool_type": "must be true or false",
-        "string_type": 'must be text in quotes, like "..."',
-        "string_too_short": "must not be empty",
-        "finite_number": "must be a finite number",
-        "string_pattern_mismatch": "must be one of `auto`, `cpu`, `cuda`, `cuda:1`, `mps`"
-        if key == "runtime.device"
-        else "must not have a null character in it",
-        "tuple_type": "must be a list of two numbers, like [0.9, 0.95]",
-        "missing": "is missing (a list of two numbers is expected)",
-        "too_long": "must have two numbers",
-    }
-    message = kinds.get(error["type"]) or error["msg"].replace("Input should be", "must be")
-    return Problem(key, where + message, value)
-
-
-def unknown_key(loc: Sequence[str]) -> str:
-    """What to say of a key that no section has: the nearest one that exists."""
-    sections = {name: list(field.annotation.model_fields) for name, field in RunConfig.model_fields.items()}
-    if len(loc) == 1:
-        name = loc[0]
-        nearest = difflib.get_close_matches(name, sections, 1)
-        homes = [f"[{section}] {name}" for section, keys in sections.items() if name in keys]
-        homes += ["[{}] {}".format(*ALIASES[name].split("."))] if name in ALIASES else []  # nanoGPT has no sections
-        hint = homes or [f"[{n}]" for n in nearest]
-        known = "the sections are " + ", ".join(sections)
-        return "unknown section" + (f"; did you mean {hint[0]}?" if hint else f"; {known}")
-    section, name = loc[0], loc[1]
-    if near := difflib.get_close_matches(name, sections[section], 1, cutoff=0.7):
-        return f"unknown key; did you mean {section}.{near[0]}?"
-    if name in ALIASES:
-        return f"unknown key; here it is {ALIASES[name]}"
-    for other, keys in sections.items():
-        if near := difflib.get_close_matches(name, keys, 1, cutoff=0.7):
-            return f"unknown key; did you mean {other}.{near[0]}?"
-    return f"unknown key; [{section}] has " + ", ".join(sections[section])
 
 
 def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], Problem]]:
@@ -382,32 +298,6 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], Problem
         message = "a byte-level BPE needs at least 257 (256 bytes and <|endoftext|>)"
         keys = ("data.vocab_size", "data.tokenizer")
         yield keys, Problem("data.vocab_size", message, config.data.vocab_size)
-
-
-def line_of(text: str, key: str) -> int:
-    """The line (from 1) on which `section.key` (or `[section]`) stands in a TOML text; 0 if not found."""
-    section, _, name = key.partition(".")
-    current = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        stripped = line.split("#")[0].strip()
-        if stripped.startswith("["):
-            current = stripped.strip("[] ").replace('"', "")
-            if current == key or (not name and current.startswith(section + ".")):
-                return number
-        left = stripped.partition("=")[0].strip().strip("\"'")
-        if "=" in stripped and ((current == section and left == name) or (not current and left in (key, section))):
-            return number
-    return 0
-
-
-def show(value: Any) -> str:
-    """A value as TOML would write it, shortened."""
-    if isinstance(value, str):
-        return json.dumps(value if len(value) < 60 else value[:57] + "...", ensure_ascii=False)
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = str(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) < 60 else text[:57] + "..."
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
