@@ -1,8 +1,11 @@
 """The mistakes of a run config, in the words of the person who wrote it.
 
-problem = problem_of(pydantic_error, sections)     # Problem("optim.lr", "must be a number", "fast")
-str(problem)                                       # optim.lr = "fast": must be a number
-line_of(text, problem.key)                         # 12: where that stands in the file
+    problem = problem_of(pydantic_error, sections)     # Problem("optim.lr", "must be a number", "fast")
+    str(problem)                                       # optim.lr = "fast": must be a number
+    line_of(text, problem.key)                         # 12: where that stands in the file
+
+A key that does not exist is met with the nearest one that does, in whichever section, or with what nanoGPT's name is
+here.
 """
 
 import difflib
