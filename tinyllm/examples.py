@@ -1,8 +1,10 @@
 """The ready-made run configs: `examples/*.toml` in the repository, and a copy inside the installed package.
 
-for example in examples():
-    print(example.name, example.summary)
-text = read_example("quickstart")
+    for example in examples():
+        print(example.name, example.summary)
+    text = read_example("quickstart")
+
+They are found in either place, so that a pip-installed user and a reader of the repository have the same.
 """
 
 import difflib

@@ -1,9 +1,11 @@
 """Where we run: device, precision, threads, seeds, compilation. The only place that knows.
 
-runtime = resolve(config.runtime)
-runtime.summary                         # "cpu (no CUDA or MPS here), bfloat16 (2.9 times as fast here), 2 threads"
-with runtime.autocast():
-    logits = model(runtime.tensor(inputs))
+    runtime = resolve(config.runtime)
+    runtime.summary                         # "cpu (no CUDA or MPS here), bfloat16 (2.9 times as fast here), 2 threads"
+    with runtime.autocast():
+        logits = model(runtime.tensor(inputs))
+
+Whatever `auto` chooses comes with its reason, for the person who wonders why.
 """
 
 import contextlib
