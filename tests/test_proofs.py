@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tinyllm.engine import Run, TrainState, new_state, open_run, restore, train
+from tinyllm.folder import reopen
 
 ROOT = Path(__file__).parents[1]
 SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare.txt"
@@ -40,3 +44,27 @@ def test_nanogpts_recipe_on_shakespeare(tmp_path: Path):
     losses = tinyllm(tmp_path, "eval")
     assert float(re.search(r"^val +loss ([\d.]+)", losses, re.MULTILINE)[1]) <= 1.90
     assert tinyllm(tmp_path, "sample", "--prompt", "ROMEO:", "--max-new-tokens", "50").startswith("ROMEO:")
+
+
+def test_a_compiled_run_is_resumed_exactly(make_config, tmp_path: Path):
+    """With dropout and two threads: the compiler's own kernels keep the order of their sums."""
+    overrides = ("runtime.compile=true", "runtime.threads=2", "model.dropout=0.2", "train.micro_batch_size=4")
+
+    def run_in(folder: str) -> Run:
+        return open_run(make_config(*overrides, f"train.out_dir={tmp_path / folder}", "model.n_embd=64"))
+
+    def finish(run: Run, state: TrainState) -> dict[str, torch.Tensor]:
+        notes = [event.text for event in train(run, state) if hasattr(event, "text")]
+        assert notes[0].startswith("compiled in"), notes
+        assert state.step == 20
+        return state.model.state_dict()
+
+    run = run_in("whole")
+    whole = finish(run, new_state(run))
+    run = run_in("parts")
+    state = new_state(run)
+    list(train(run, state, should_stop=lambda: state.step >= 9))
+    config, checkpoint = reopen(tmp_path / "parts/ckpt.pt", ())
+    run = open_run(config)
+    parts = finish(run, restore(run, checkpoint))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -157,11 +157,16 @@ def splitmix64(x: int) -> int:
 def compiled(model: nn.Module, tokens: Tensor, runtime: Runtime) -> tuple[nn.Module, str]:
     """torch.compile'd model and a note; the model itself, and why, when compiling or the first pass fails."""
     start = time.perf_counter()
+    # The compiler adds up an embedding's gradient in whatever order the threads come, unless it is told not to: without
+    # this no compiled run could be repeated, or resumed, bit for bit. The second is a debugging aid that goes with it.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         fast = torch.compile(model)
         with runtime.autocast():
             fast(tokens).sum().backward()
     except Exception as error:  # a missing C++ compiler, an unsupported op: many kinds, all with the same remedy
+        torch.use_deterministic_algorithms(False)
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(": ")[:100]  # some have no message
         return model, f"torch.compile failed, going on without it ({reason})"
     finally:
