@@ -63,7 +63,7 @@ def record(**changes):
     return {key: value for key, value in (held | changes).items() if value is not KeyError}
 
 
-def refused(path):
+def assert_refused(path):
     with pytest.raises(CheckpointError) as error:
         load(path)
     assert error.value.where == str(path)
@@ -209,12 +209,12 @@ def test_a_payload_is_refused_and_not_run(tmp_path):
     assert marker.exists(), "the payload works"
     marker.unlink()
     torch.save(record(data=Payload(marker)), tmp_path / "a.pt")
-    assert "nothing of it was run" in refused(tmp_path / "a.pt")
+    assert "nothing of it was run" in assert_refused(tmp_path / "a.pt")
     torch.save(record(data=Payload(marker)), tmp_path / "b.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "c.pt").write_bytes(pickle.dumps(Payload(marker)))
     (tmp_path / "d.pt").write_bytes(pickle.dumps(Payload(marker), protocol=0))
     for name in "bcd":
-        assert refused(tmp_path / f"{name}.pt") == "not a tinyllm checkpoint: not a file of torch.save"
+        assert assert_refused(tmp_path / f"{name}.pt") == "not a tinyllm checkpoint: not a file of torch.save"
     assert not marker.exists()
 
 
@@ -241,14 +241,14 @@ def zipped(**files):
 )
 def test_files_of_another_kind(tmp_path, content, recwarn):
     (tmp_path / "a.pt").write_bytes(content)
-    assert refused(tmp_path / "a.pt") == "not a tinyllm checkpoint: not a file of torch.save"
+    assert assert_refused(tmp_path / "a.pt") == "not a tinyllm checkpoint: not a file of torch.save"
     assert not recwarn.list
 
 
 def test_zip_files_of_another_kind(tmp_path):
     for content in (zipped(), zipped(a="x"), zipped(**{"archive/data.pkl": "x"})):
         (tmp_path / "a.pt").write_bytes(content)
-        assert refused(tmp_path / "a.pt").startswith(
+        assert assert_refused(tmp_path / "a.pt").startswith(
             ("not a checkpoint, or a damaged one (", "not a tinyllm checkpoint")
         )
 
@@ -271,7 +271,7 @@ def test_zip_files_of_another_kind(tmp_path):
 )
 def test_torch_files_that_are_no_checkpoint(tmp_path, content, message):
     torch.save(content, tmp_path / "a.pt")
-    assert refused(tmp_path / "a.pt") == message
+    assert assert_refused(tmp_path / "a.pt") == message
 
 
 def test_the_record_above_is_a_checkpoint(tmp_path):
@@ -285,7 +285,7 @@ def test_truncated_anywhere(tmp_path):
     whole = path.read_bytes()
     for length in {*range(0, len(whole), 97), 1, 3, 4, 5, len(whole) - 1}:
         path.write_bytes(whole[:length])
-        refused(path)
+        assert_refused(path)
 
 
 def test_damaged_bits_are_noticed(tmp_path):
@@ -307,7 +307,7 @@ def test_damaged_bits_are_noticed(tmp_path):
         assert json.dumps(before.config) == json.dumps(after.config)
     weights = whole.index(before.model["wte"].numpy().tobytes())
     path.write_bytes(whole[:weights] + bytes([whole[weights] ^ 1]) + whole[weights + 1 :])
-    assert "has another checksum" in refused(path)
+    assert "has another checksum" in assert_refused(path)
 
 
 def test_missing_files_and_folders(tmp_path):

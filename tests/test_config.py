@@ -127,7 +127,8 @@ def test_contradictions(tmp_path, text, expected):
     ],
 )
 def test_what_only_looks_like_a_contradiction(tmp_path, text):
-    load(write(tmp_path, text))
+    config = load(write(tmp_path, text))
+    assert config == load(write(tmp_path, to_toml(config)))
 
 
 def test_wrong_keys_are_not_held_against_others(tmp_path):

@@ -87,6 +87,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     except pickle.UnpicklingError:
         what = "not a tinyllm checkpoint: it holds more than tensors and plain values, and nothing of it was run"
         raise CheckpointError(what, where=where) from None
+    except MemoryError:
+        raise
     except Exception as error:  # there is hardly one that a damaged file cannot cause
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"not a checkpoint, or a damaged one ({reason})", where=where) from None

@@ -66,7 +66,7 @@ def main() -> None:
     open_streams()
     # A thread of torch's that waits for the others spins, for about a millisecond, on a core that whoever it waits for
     # may need: two trainings side by side on two cores were 80 times slower than one. After a shorter spin they are 4
-    # times slower, and one alone is as fast. libgomp reads this when torch is imported.
+    # times slower, and one alone at most 5 percent. libgomp reads this when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
         app()

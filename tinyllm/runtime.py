@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tinyllm.config import RuntimeConfig
+from tinyllm.data import mixed
 from tinyllm.errors import RunError
-
-MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -140,18 +139,7 @@ def keep_freed_memory() -> None:
 
 def seed_dropout(seed: int, step: int, micro_step: int) -> None:
     """Seed torch's generators for one forward pass, so that its dropout depends on nothing that went before."""
-    state = seed & MASK
-    for value in (step, micro_step, 0x7D0):  # the last keeps these seeds apart from a plain manual_seed(seed)
-        state = splitmix64(state ^ splitmix64(value))
-    torch.manual_seed(state >> 1)
-
-
-def splitmix64(x: int) -> int:
-    """A well-mixed 64-bit function of x (Steele, Lea & Flood 2014)."""
-    x = (x + 0x9E3779B97F4A7C15) & MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-    return x ^ (x >> 31)
+    torch.manual_seed(int(mixed(*(np.uint64(value) for value in (seed, step, micro_step)))) >> 1)
 
 
 def compiled(model: nn.Module, tokens: Tensor, runtime: Runtime) -> tuple[nn.Module, str]:
