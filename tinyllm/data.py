@@ -147,7 +147,7 @@ class BatchSource:
         where: str = "",
     ) -> None:
         self.splits = {"train": train, "val": val}
-        self.block_size, self.batch_size, self.seed, self.end_token = block_size, batch_size, seed, end_token
+        self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         for name, tokens in self.splits.items():
             if len(tokens) <= block_size:
                 what = (
@@ -155,12 +155,15 @@ class BatchSource:
                 )
                 fix = f"more text, another data.val_fraction, or model.block_size below {max(len(tokens), 2):,}"
                 raise DataError(what, where=where, fix=fix)
-        self.starts = None
+        # Found once: the documents of a large split are many, and every evaluation asks for them.
+        self.documents: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.starts: np.ndarray | None = None
         if end_token is not None:
             if not len(document_ends(train, end_token)):
                 fix = "set train.align_documents = false"
                 raise DataError("train.align_documents is set, but no document's end is marked", where=where, fix=fix)
-            starts = document_windows(train, end_token, block_size)[0]
+            self.documents = {name: document_windows(t, end_token, block_size) for name, t in self.splits.items()}
+            starts, _ = self.documents["train"]
             self.starts = starts[starts < len(train) - block_size]  # the others are cut off by the split's end
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -192,20 +195,26 @@ class BatchSource:
         many places, so that the two losses compare. Over the whole split each target is predicted once: where a window
         reaches beyond its document or the split's end, its targets are IGNORED.
         """
-        starts, lengths = self.eval_windows(split)
-        count = min(n_windows or len(self.eval_windows("val")[0]), len(starts))
-        chosen = np.arange(count) * len(starts) // count
+        total = self.count_windows(split)
+        count = min(n_windows or self.count_windows("val"), total)
+        chosen = np.arange(count) * total // count
         for first in range(0, count, rows):
-            some = chosen[first : first + rows]
-            yield windows(self.splits[split], starts[some], self.block_size, lengths[some])
+            starts, lengths = self.places(split, chosen[first : first + rows])
+            yield windows(self.splits[split], starts, self.block_size, lengths)
 
-    def eval_windows(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Where the windows of a whole split start, and how many targets each has; both (windows,), int64."""
-        tokens, size = self.splits[split], self.block_size
-        if self.end_token is not None:
-            return document_windows(tokens, self.end_token, size)
-        starts = np.arange(0, len(tokens) - 1, size)
-        return starts, np.minimum(size, len(tokens) - 1 - starts)
+    def count_windows(self, split: str) -> int:
+        """How many windows a whole split has, the shorter ones included."""
+        if self.documents:
+            return len(self.documents[split][0])
+        return -(-(len(self.splits[split]) - 1) // self.block_size)
+
+    def places(self, split: str, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where windows of a whole split start, and how many targets each has, by their numbers; all (k,), int64."""
+        if self.documents:
+            starts, lengths = self.documents[split]
+            return starts[numbers], lengths[numbers]
+        starts = numbers * self.block_size
+        return starts, np.minimum(self.block_size, len(self.splits[split]) - 1 - starts)
 
 
 def document_windows(tokens: np.ndarray, end_token: int, size: int) -> tuple[np.ndarray, np.ndarray]:
