@@ -43,6 +43,7 @@ def example(step=3, size=8):
         tokenizer='{"é": "日本"}',
         data={"train": "abc", "n": 5, "entropy": None},
         val_loss=2.5,
+        model_source="5e1f",
     )
 
 
@@ -58,7 +59,7 @@ def same(a, b):
 def record(**changes):
     """What a checkpoint's file holds, as torch.save takes it."""
     checkpoint = example()
-    held = {"format": "tinyllm checkpoint", "version": 1}
+    held = {"format": "tinyllm checkpoint", "version": 2}
     held |= {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     return {key: value for key, value in (held | changes).items() if value is not KeyError}
 
@@ -260,8 +261,8 @@ def test_zip_files_of_another_kind(tmp_path):
         (torch.ones(3), "not a tinyllm checkpoint"),
         ([1, 2], "not a tinyllm checkpoint"),
         (record(format="other"), "not a tinyllm checkpoint"),
-        (record(version=2), "a checkpoint of version 2; this tinyllm reads version 1"),
-        (record(version=KeyError), "a checkpoint of version None; this tinyllm reads version 1"),
+        (record(version=1), "a checkpoint of version 1; this tinyllm reads version 2"),
+        (record(version=KeyError), "a checkpoint of version None; this tinyllm reads version 2"),
         (
             record(step=KeyError, tokenizer=KeyError),
             "a damaged checkpoint: these parts are missing or unknown: step, tokenizer",

@@ -133,9 +133,9 @@ def test_help_is_instant_and_names_every_command(tmp_path):
         ("new", ["--out"]),
         ("config", ["--set", "--schema"]),
         ("prepare", ["--set", "--force"]),
-        ("sanity", ["--set"]),
+        ("sanity", ["--set", "--only", "--skip", "--quick", "--list", "--json", "--out"]),
         ("plot-lr", ["--set", "--out"]),
-        ("train", ["--set", "--overwrite"]),
+        ("train", ["--set", "--overwrite", "--no-sanity"]),
         ("resume", ["--set", "out/ckpt.pt"]),
         ("eval", ["--set", "--windows"]),
         ("sample", ["--prompt", "--prompt-file", "--temperature", "--top-k", "--top-p", "--seed", "--device"]),
@@ -231,9 +231,9 @@ def test_sanity_passes_a_good_run_and_fails_a_bad_one(home):
     assert "failed" not in out
     bad = ("--set", "optim.lr=50", "--set", "optim.grad_clip=0", "--set", "schedule.warmup_steps=0")
     out, _ = tiny("sanity", *bad, cwd=home, code=1, PYTHONIOENCODING="ascii")
-    assert re.search(r"^x overfit one batch", out, re.M)
-    assert re.search(r"^ +expected .*\n +fix ", out, re.M)
-    assert "1 failed" in out
+    assert re.search(r"^x peak rate", out, re.M)
+    assert re.search(r"^ +expected .*\n +diagnosis .*\n +fix ", out, re.M)
+    assert re.search(r"\d failed", out)
     assert files(home / "out") == ["best.pt", "ckpt.pt", "metrics.jsonl", "run.toml"], "the run is not touched"
 
 
@@ -535,7 +535,7 @@ def test_text_that_the_terminal_cannot_show_is_no_error(tmp_path):
     (tmp_path / "a.txt").write_text("äöüß ÄÖÜ\n" * 400, encoding="utf-8")
     (tmp_path / "run.toml").write_text(CONFIG)
     small = [arg for value in ("train.max_steps=6", "schedule.warmup_steps=2") for arg in ("--set", value)]
-    tiny("train", *small, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    tiny("train", "--no-sanity", *small, cwd=tmp_path, PYTHONIOENCODING="ascii")  # the text repeats itself
     out, _ = tiny("sample", "--max-new-tokens", "30", cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert out.isascii()
     assert "?" in out

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tinyllm.config import RECIPES, RunConfig, check, json_schema, load, to_dict, to_toml
+from tinyllm.config import RECIPES, RunConfig, check, json_schema, keys_of, load, to_dict, to_toml
 from tinyllm.errors import ConfigError
 from tinyllm.mistakes import ALIASES
 
@@ -92,6 +92,7 @@ eval_interval = 2.5
             '[model]\nn_embd = 12\npositions = "rope"',
             "2: model.n_embd = 12: rotary positions need an even head size, n_embd / n_head = 3 is odd",
         ),
+        ("[model]\nargs = {a = 1}", "2: model.args = {'a': 1}: is for a class of your own: set model.class too"),
         (
             "[train]\nbatch_size = 4\nmicro_batch_size = 8",
             "3: train.micro_batch_size = 8: must divide train.batch_size = 4",
@@ -115,8 +116,42 @@ def test_contradictions(tmp_path, text, expected):
 
 
 @pytest.mark.parametrize(
+    "spec",
+    ["my_model.py", "MyGPT", ":", ":MyGPT", "my_model.py:", "a/b:C", "a..b:C", ".a:C", "a.py:3D", "a.py:B.C", "a:b:C"],
+)
+def test_a_class_is_a_file_or_a_module_and_a_name(tmp_path, spec):
+    """Said once: n_embd may be no multiple of n_head in a class of one's own."""
+    expected = f'run.toml:3: model.class = "{spec}": must be "file.py:Class" or "package.module:Class"'
+    assert problems(write(tmp_path, f'[model]\nn_embd = 30\nclass = "{spec}"')) == [expected]
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "my_model.py:MyGPT", "../a b/é.py:C_1", "C:\\a\\b.py:C", "model:GPT", "a.b_2.c:_D"]
+)
+def test_a_class_is_called_class_wherever_it_is_seen(tmp_path, spec):
+    config = load(write(tmp_path, ""), [f"model.class={spec}"])
+    assert config.model.class_ == to_dict(config)["model"]["class"] == spec
+    assert tomllib.loads(to_toml(config))["model"]["class"] == spec
+    assert config.model.model_copy(update={"vocab_size": 7}).class_ == spec
+    jsonschema.validate(to_dict(config), json_schema())
+
+
+def test_args_are_set_one_by_one_or_together(tmp_path):
+    path = write(tmp_path, '[model]\nclass = "a.py:B"\n[model.args]\nwidth = 3\nnames = ["a"]\n')
+    assert load(path).model.args == {"width": 3, "names": ["a"]}
+    assert load(path, ["model.args.width=0.5", "model.args.new=x"]).model.args == {
+        "width": 0.5,
+        "names": ["a"],
+        "new": "x",
+    }
+    assert load(path, ["model.args={a = {b = true}}"]).model.args == {"a": {"b": True}}
+
+
+@pytest.mark.parametrize(
     "text",
     [
+        '[model]\nclass = "a.py:B"\nn_embd = 30\nn_head = 4',
+        '[model]\nclass = "a.py:B"\nn_embd = 12\npositions = "rope"',
         '[schedule]\nkind = "constant"\nwarmup_steps = 9999',
         '[optim]\nmin_lr = 1.0\n[schedule]\nkind = "constant"',
         '[data]\ntokenizer = "char"\nvocab_size = 1',
@@ -174,6 +209,16 @@ def test_wrong_keys_are_not_held_against_others(tmp_path):
             "1: logging: unknown section; the sections are data, model, optim, schedule, train, runtime",
         ),
         ("[model]\n[train.seed]\na = 1", "2: train.seed = {'a': 1}: must be a whole number"),
+        ("[model]\nclass = 3", '2: model.class = 3: must be text in quotes, like "..."'),
+        ('class = "a.py:B"', "1: class: unknown section; did you mean [model] class?"),
+        ('[model]\nclas = "a.py:B"', '2: model.clas = "a.py:B": unknown key; did you mean model.class?'),
+        ('[model]\nclass_ = "a.py:B"', '2: model.class_ = "a.py:B": unknown key; did you mean model.class?'),
+        ('[model]\nclass = "a.py:B"\nargs = 3', "3: model.args = 3: must be a table, like { width = 64 }"),
+        (
+            '[model]\nclass = "a.py:B"\n[model.args]\na = [07:32:00]',
+            "3: model.args = 07:32:00: must hold plain values: text, numbers, true or false, lists and tables of them",
+        ),
+        ('[model]\nclass = "a.py:B"\n[model.args]\na = nan', "3: model.args = nan: must be a finite number"),
     ],
 )
 def test_each_kind_of_value(tmp_path, text, expected):
@@ -330,6 +375,11 @@ NAME = TEXT.filter(bool)
 UNIT = st.floats(0, 1, exclude_max=True)
 RATE = st.floats(0, 1e3, exclude_min=True)
 COUNT = st.integers(0, (1 << 63) - 1)
+PLAIN = st.recursive(
+    st.one_of(st.booleans(), COUNT, UNIT, TEXT),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(NAME, inner, max_size=3)),
+    max_leaves=5,
+)
 
 
 @st.composite
@@ -351,6 +401,7 @@ def configs(draw):
             "tales_seed": st.integers(0, (1 << 63) - 1),
         },
         "model": {
+            "class": st.just("my_model.py:MyGPT"),
             "recipe": choice(["gpt2", "modern"]),
             "n_head": st.just(n_head),
             "n_embd": st.just(2 * n_head * draw(st.integers(1, 99))),
@@ -405,6 +456,8 @@ def configs(draw):
     raw = {}
     for section, keys in sections.items():
         raw[section] = {key: draw(values) for key, values in keys.items() if key in needed or draw(st.booleans())}
+    if "class" in raw["model"]:
+        raw["model"]["args"] = draw(st.dictionaries(NAME, PLAIN, max_size=3))
     return raw
 
 
@@ -419,7 +472,7 @@ def test_the_resolved_config_gives_the_same_config_back(raw):
         for key, value in keys.items():
             assert resolved[section][key] == value
     assert {s: set(keys) for s, keys in resolved.items()} == {
-        s: set(f.annotation.model_fields) for s, f in RunConfig.model_fields.items()
+        s: set(keys_of(f.annotation)) for s, f in RunConfig.model_fields.items()
     }
     jsonschema.validate(resolved, json_schema())
 
@@ -438,6 +491,8 @@ def test_the_schema_is_as_strict_as_the_reader():
         {"optim": {"lr": "1"}},
         {"optim": {"betas": [0.9]}},
         {"model": {"recipe": "gpt3"}},
+        {"model": {"class": "my_model.py"}},
+        {"model": {"args": 1}},
         {"model": {"n_layer": 1.5}},
         {"train": {"seed": 1 << 63}},
         {"train": {"out_dir": ""}},

@@ -2,6 +2,7 @@
 
 import http.server
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinyllm import cli
+from tinyllm import cli, custom
 from tinyllm.config import check, load, to_dict
 from tinyllm.engine import new_state, open_run, train
+from tinyllm.errors import ConfigError
 from tinyllm.events import Evaluated, Finished, StepDone
-from tinyllm.examples import examples, first_comment
+from tinyllm.examples import example_files, examples, find_example, first_comment
 from tinyllm.model import GPT
 from tinyllm.prepare import prepare
 from tinyllm.tales import stories
@@ -24,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parents[2] / "shared/data"
 FILES = sorted((ROOT / "examples").glob("*.toml"))
 NAMES = [path.stem for path in FILES]
+MODELS = {"my-model": ROOT / "examples" / "my_model.py"}  # what some bring along
 GPT2_SIZE = 50257
 
 
@@ -38,7 +41,59 @@ def test_new_prints_the_file_itself(path, capfd, monkeypatch):
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert not end.value.code
-    assert capfd.readouterr() == (path.read_text(encoding="utf-8"), "")
+    out, err = capfd.readouterr()
+    assert out == path.read_text(encoding="utf-8")
+    hint = "it trains the model in my_model.py: `tinyllm new my-model --out run.toml` writes both\n"
+    assert err == (hint if path.stem in MODELS else "")
+
+
+def test_only_these_bring_a_model():
+    assert {example.name: example.model for example in examples() if example.model} == MODELS
+    assert set((ROOT / "examples").iterdir()) - {ROOT / "examples/__pycache__"} == {*FILES, *MODELS.values()}
+
+
+@pytest.mark.parametrize(
+    ("out", "named"),
+    [
+        ("run.toml", "my_model.py"),
+        ("a b/run.toml", "a b/my_model.py"),
+        ("{here}/sub/x.toml", "sub/my_model.py"),  # relative all the same: what a checkpoint may name
+        ("../run.toml", "{above}/my_model.py"),
+    ],
+)
+def test_a_model_is_written_beside_its_config_which_finds_it(out, named, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    for folder in ("", "a b", "sub"):
+        (here / folder).mkdir(exist_ok=True)
+    monkeypatch.chdir(here)
+    out = Path(out.format(here=here))
+    for path, text in example_files("my-model", out).items():
+        path.write_text(text, encoding="utf-8")
+    assert out.with_name("my_model.py").read_bytes() == MODELS["my-model"].read_bytes()
+    config = load(out)
+    assert config.model.class_ == named.format(above=tmp_path) + ":MyGPT"
+    assert custom.load_class(config.model.class_).__name__ == "MyGPT"
+    original = load(find_example("my-model").path)
+    assert config == original.model_copy(update={"model": config.model})
+
+
+@pytest.mark.parametrize("there", ["run.toml", "my_model.py"])
+def test_neither_file_is_overwritten(there, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path(there).write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["tinyllm", "new", "my-model", "--out", "run.toml"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert f"{there}: is there already" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [there]
+    assert Path(there).read_text() == "mine"
+
+
+def test_a_name_that_is_none(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        example_files("my-modl", tmp_path / "run.toml")
+    assert (error.value.what, error.value.fix) == ("no example called 'my-modl'", "did you mean my-model?")
 
 
 def test_the_list_says_what_each_is_for(capfd, monkeypatch):
@@ -65,8 +120,8 @@ def wheel(tmp_path_factory):
 
 def test_a_wheel_brings_them_along(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        packaged = {name: archive.read(name) for name in archive.namelist() if name.endswith(".toml")}
-    assert packaged == {f"tinyllm/examples/{path.name}": path.read_bytes() for path in FILES}
+        packaged = {n: archive.read(n) for n in archive.namelist() if n.startswith("tinyllm/examples/")}
+    assert packaged == {f"tinyllm/examples/{path.name}": path.read_bytes() for path in [*FILES, *MODELS.values()]}
 
 
 def test_installed_from_a_wheel_it_finds_them(wheel, tmp_path):
@@ -86,17 +141,23 @@ def test_installed_from_a_wheel_it_finds_them(wheel, tmp_path):
     code = code.partition("from tinyllm")[0] + where
     found = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.startswith(str(tmp_path / "site" / "tinyllm" / "examples"))
+    code = code.rpartition("import tinyllm.examples")[0] + "from tinyllm.cli import main; main()"
+    args = [sys.executable, "-I", "-c", code, "new", "my-model", "--out", "run.toml"]
+    subprocess.run(args, cwd=tmp_path, capture_output=True, check=True)
+    assert (tmp_path / "my_model.py").read_bytes() == MODELS["my-model"].read_bytes()
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_it_has_as_many_parameters_as_it_says(path):
+def test_it_has_as_many_parameters_as_it_says(path, monkeypatch):
     """The first line ends with a size like (10.8 M). On the meta device nothing is computed, nor any memory needed."""
     config = load(path)
     said = float(re.search(r"\(([\d.]+) M\)$", first_comment(path))[1]) * 1e6
     characters = 65  # of Tiny Shakespeare
     sizes = {"char": characters, "bpe": config.data.vocab_size, "gpt2": GPT2_SIZE}
+    vocab_size = config.model.vocab_size or sizes[config.data.tokenizer]
+    monkeypatch.chdir(path.parent)
     with torch.device("meta"):
-        model = GPT(config.model, config.model.vocab_size or sizes[config.data.tokenizer])
+        model = custom.build(config.model, vocab_size, 0) if path.stem in MODELS else GPT(config.model, vocab_size)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(said, rel=0.15)
 
 
@@ -154,6 +215,8 @@ def test_it_trains(path, sources, web, tmp_path, monkeypatch):
     the others, and only the third the norms before them.
     """
     monkeypatch.chdir(tmp_path)
+    if path.stem in MODELS:
+        shutil.copy(MODELS[path.stem], tmp_path)
     monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TINYLLM_MIRROR", web)
     full = load(path)

@@ -256,7 +256,7 @@ def test_what_may_change(tmp_path, override, value):
 
 def test_nothing_else_may_change(tmp_path):
     path = checkpoint(tmp_path)
-    may = {"data.dir", "train.eval_interval", "train.save_interval", "train.log_interval"}
+    may = {"data.dir", "train.eval_interval", "train.save_interval", "train.log_interval", "model.class"}
     for section, keys in to_dict(CONFIG).items():
         for key, value in keys.items():
             name = f"{section}.{key}"

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tinyllm.cli import app
-from tinyllm.config import check
+from tinyllm.config import check, to_dict
+from tinyllm.engine import new_state, open_run, train
+from tinyllm.events import Evaluated
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,9 +43,21 @@ def test_commands_exist_and_all_are_shown():
 def test_configs_are_valid(text: str):
     raw = tomllib.loads(text)
     config = check(raw, text=text)
-    assert config.optim.name == raw["optim"]["name"]
+    assert all(to_dict(config)[section][key] == value for section, table in raw.items() for key, value in table.items())
 
 
 def test_every_room_is_in_the_table():
     files = {path.name for path in (ROOT / "tinyllm").glob("*.py")} - {"__init__.py", "__main__.py"}
     assert set(re.findall(r"`(\w+\.py)`", README)) - {"train.py"} == files  # nanoGPT's is named too
+
+
+def test_its_model_learns(make_config, tmp_path, monkeypatch):
+    """The two blocks of "Your own model", together."""
+    (text,) = blocks("python")
+    (named,) = (block for block in blocks("toml") if "class =" in block)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_model.py").write_text(text, encoding="utf-8")
+    overrides = [f"model.{key}={value}" for key, value in tomllib.loads(named)["model"].items()]
+    run = open_run(make_config(*overrides))
+    first, *_, last = (event for event in train(run, new_state(run)) if isinstance(event, Evaluated))
+    assert last.val.loss < first.val.loss - 0.1

@@ -1,234 +1,124 @@
-"""The checks before a run: healthy configs pass, and each planted bug fails the check that is meant for it, first.
+"""The checks before a run: healthy runs pass, nothing is left behind, and their references are right themselves.
 
-The bugs are planted in the real code, by replacing a function of the engine, the optimizer or the model.
+What they catch is the business of tests/planted and test_planted.py.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from tinyllm import engine, model, optim, sanity
-from tinyllm.engine import new_state, train
-from tinyllm.sanity import INITIAL_LOSS_TOLERANCE, logit_variance, prefix_entropy
+from tinyllm import engine, sanity
+from tinyllm.engine import new_state, train, train_step
+from tinyllm.errors import ConfigError, RunError
+from tinyllm.sanity import CHECKS, Check, select
+from tinyllm.sanity.config import closed_form
+from tinyllm.sanity.data import locate
+from tinyllm.sanity.model import INITIAL_LOSS_TOLERANCE
+from tinyllm.sanity.optimizer import adamw_error, muon_error
+from tinyllm.sanity.reference import expected_parameters, reference_logits
+from tinyllm.sanity.result import Result, passed
+from tinyllm.sanity.subject import Subject, cross_entropy, reference_gradients, token_file, variant, wake, watched
+from tinyllm.sanity.trainings import prefix_entropy
+from tinyllm.schedule import factor
 
 # Wide enough to learn a batch by heart in the steps there are, for the recipes, optimizers and switches alike.
-WIDE = ("model.n_embd=32", "model.n_layer=2", "train.batch_size=16", "train.max_steps=100", "optim.lr=0.01")
+WIDE = ("model.n_embd=32", "model.n_layer=2", "train.batch_size=16", "train.max_steps=100", "optim.lr=3e-3")
+COSTLY = ("memory", "time")  # they start a process of their own: test_cost.py
 
 
-def results_of(run):
-    return list(sanity.sanity(run))
+def results_of(run, *only):
+    checks = select(only) if only else select(skip=COSTLY)
+    return {result.name: result for result in sanity.sanity(run, checks)}
 
 
-def first_failure(run):
-    failed = [r for r in results_of(run) if r.verdict == "fail"]
-    assert failed, "nothing failed"
-    return failed[0]
-
-
-HEALTHY = [
-    ("gpt2", ()),
-    ("gpt2", ("optim.name=muon", "optim.lr=3e-3")),
-    ("gpt2", ("model.tie_embeddings=false", "model.dropout=0.3", "model.attn_dropout=0.2")),
-    ("modern", ()),
-    ("modern", ("optim.name=muon", "model.tie_embeddings=true", "train.micro_batch_size=4")),
-    ("modern", ("model.activation=swiglu", "model.dropout=0.2", "model.vocab_size=128")),
-    ("gpt2", ("train.align_documents=true", "runtime.dtype=bfloat16")),
-]
-
-
-@pytest.mark.parametrize(("recipe", "overrides"), HEALTHY)
-def test_healthy_configs_pass(make_run, recipe, overrides):
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("gpt2", ("model.dropout=0.2", "runtime.dtype=bfloat16")),
+        ("modern", ("optim.name=muon", "train.micro_batch_size=4", "train.align_documents=true")),
+    ],
+)
+def test_a_healthy_run_passes_all_of_them(make_run, recipe, overrides):
     results = results_of(make_run(*WIDE, *overrides, recipe=recipe))
-    assert {r.name: r.verdict for r in results} == dict.fromkeys(
-        ["token ids", "split sizes", "learning rate", "decay groups", "initial loss", "overfit one batch"], "pass"
-    ), results
+    assert list(results) == [check.name for check in CHECKS if check.name not in COSTLY], "in this order"
+    assert {name: r for name, r in results.items() if r.verdict == "fail"} == {}
+    for r in results.values():
+        assert r.measured
+        assert r.seconds > 0
+        assert r.expected or r.verdict == "skip" or r.name in ("size", "repetition", "token budget"), r
 
 
-# ---- Planted bugs ----
+# ---- Choosing ----
 
 
-def plant_init_std(monkeypatch):
-    monkeypatch.setattr(model, "INIT_STD", 1.0)
+def test_select():
+    names = [check.name for check in CHECKS]
+    assert [c.name for c in select()] == names
+    assert len(set(names)) == len(names)
+    assert [c.name for c in select(only=("loss", "causal mask"))] == ["causal mask", "loss"], "in their own order"
+    assert [c.name for c in select(skip=names[1:])] == names[:1]
+    assert [c.name for c in select(quick=True)] == [c.name for c in CHECKS if c.quick]
+    assert "overfit one batch" not in {c.name for c in select(quick=True)}
+    assert [c.name for c in select(only=("overfit one batch",), quick=True)] == ["overfit one batch"]
+    with pytest.raises(ConfigError, match="casual mask"):
+        select(only=("casual mask",))
 
 
-def plant_unshifted_targets(monkeypatch):
-    real = engine.BatchSource.batch
+def test_a_check_that_breaks_down_is_a_failure(make_run):
+    def refuses(subject):
+        raise RunError("the loss is nan", fix="a lower rate")
 
-    def batch(self, step):
-        inputs, _ = real(self, step)
-        return inputs, inputs
+    def breaks(subject):
+        return {}["missing"]
 
-    monkeypatch.setattr(engine.BatchSource, "batch", batch)
-
-
-def plant_double_shift(monkeypatch):
-    real = engine.BatchSource.batch
-
-    def batch(self, step):
-        inputs, targets = real(self, step)
-        return inputs[:, :-1], targets[:, 1:]
-
-    monkeypatch.setattr(engine.BatchSource, "batch", batch)
+    run = make_run()
+    checks = (Check("one", "", refuses), Check("two", "", breaks), Check("three", "", lambda subject: passed("fine")))
+    one, two, three = sanity.sanity(run, checks)
+    assert (one.name, one.verdict, one.measured, one.fix) == ("one", "fail", "the loss is nan", "a lower rate")
+    assert (two.verdict, two.measured) == ("fail", "KeyError: 'missing'")
+    assert "test_sanity.py, line" in two.diagnosis
+    assert three.verdict == "pass", "the others go on"
 
 
-def plant_decay_on_norms(monkeypatch):
-    real = optim.parameter_groups
-
-    def everything_decays(net, config):
-        return [dataclasses.replace(group, weight_decay=config.weight_decay) for group in real(net, config)]
-
-    monkeypatch.setattr(optim, "parameter_groups", everything_decays)
+# ---- What is unwise, and what is wrong with the config or the data alone ----
 
 
-def plant_forgotten_group(monkeypatch):
-    real = optim.parameter_groups
-    monkeypatch.setattr(optim, "parameter_groups", lambda net, config: real(net, config)[:1])
-
-
-def plant_parameter_twice(monkeypatch):
-    real = engine.build_optimizers
-
-    def build(net, config):
-        again = {"params": [net.norm.weight], "names": ["norm.weight"], "lr": 1e-3, "peak_lr": 1e-3, "weight_decay": 0}
-        return [*real(net, config), torch.optim.AdamW([again])]
-
-    monkeypatch.setattr(engine, "build_optimizers", build)
-
-
-def plant_frozen_parameters(monkeypatch):
-    real = engine.init_weights
-
-    def init(net, seed):
-        real(net, seed)
-        net.blocks[0].requires_grad_(False)
-
-    monkeypatch.setattr(engine, "init_weights", init)
-
-
-def plant_group_left_behind(monkeypatch):
-    def only_the_first(optimizers, factor):
-        group = optimizers[0].param_groups[0]
-        group["lr"] = group["peak_lr"] * factor
-
-    monkeypatch.setattr(sanity, "set_learning_rate", only_the_first)
-    monkeypatch.setattr(engine, "set_learning_rate", only_the_first)
-
-
-def plant_rate_of_zero(monkeypatch):
-    real = sanity.factor
-    monkeypatch.setattr(sanity, "factor", lambda step, config: real(step, config) * (step > 0))
-
-
-def plant_saw(monkeypatch):
-    real = sanity.factor
-    monkeypatch.setattr(sanity, "factor", lambda step, config: real(step, config) * (0.9 if step % 7 == 5 else 1.0))
-
-
-def plant_missed_peak(monkeypatch):
-    real = sanity.factor
-    monkeypatch.setattr(sanity, "factor", lambda step, config: real(step, config) * 0.9)
-
-
-def plant_wrong_loss(monkeypatch):
-    real = engine.loss_fn
-    monkeypatch.setattr(engine, "loss_fn", lambda *args: real(*args) * 2)
-
-
-def plant_detached_loss(monkeypatch):
-    real = engine.loss_fn
-    monkeypatch.setattr(engine, "loss_fn", lambda logits, *args: real(logits.detach().requires_grad_(), *args))
-
-
-def plant_lost_gradients(monkeypatch):
-    real = engine.clip_gradients
-
-    def clip(state, limit):
-        norm = real(state, limit)
-        engine.zero_grad(state)
-        return norm
-
-    monkeypatch.setattr(engine, "clip_gradients", clip)
-
-
-def plant_blindness(monkeypatch):
-    """The model sees no token, only where it is: it learns what is common, never the text."""
-    real = model.GPT.forward
-    monkeypatch.setattr(model.GPT, "forward", lambda self, tokens, cache=None: real(self, tokens * 0, cache))
-
-
-def plant_dropped_inputs(monkeypatch):
-    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True: torch.zeros_like(x))
-
-
-def plant_nan(monkeypatch):
-    real = engine.loss_fn
-    monkeypatch.setattr(engine, "loss_fn", lambda *args: real(*args) * (1 if "sum" in args else float("nan")))
-
-
-BUGS = [
-    (plant_unshifted_targets, "token ids", "shifted by one"),
-    (plant_double_shift, "token ids", "shifted by one"),
-    (plant_group_left_behind, "learning rate", "groups differ at step 0"),
-    (plant_rate_of_zero, "learning rate", "0.0e+00 up to"),
-    (plant_saw, "learning rate", ""),
-    (plant_missed_peak, "learning rate", "up to 9.0e-03"),
-    (plant_decay_on_norms, "decay groups", "decays blocks.0.norm_1.weight, blocks.0.norm_1.bias, "),
-    (plant_forgotten_group, "decay groups", "missing or twice: blocks.0.norm_1.weight"),
-    (plant_parameter_twice, "decay groups", "missing or twice: norm.weight"),
-    (plant_frozen_parameters, "decay groups", "missing or twice: blocks.0.norm_1.weight"),
-    (plant_init_std, "initial loss", ""),
-    (plant_wrong_loss, "initial loss", ""),
-    (plant_lost_gradients, "overfit one batch", ""),
-    (plant_blindness, "overfit one batch", ""),
-    (plant_dropped_inputs, "overfit one batch", ""),
-    (plant_detached_loss, "overfit one batch", ""),
-    (plant_nan, "overfit one batch", "the loss is nan"),
-]
-
-
-@pytest.mark.parametrize(("plant", "check", "measured"), BUGS, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_planted_bug_fails_its_check_first(make_run, monkeypatch, plant, check, measured):
-    run = make_run(*WIDE)
-    plant(monkeypatch)
-    failed = first_failure(run)
-    assert (failed.name, measured in failed.measured) == (check, True), failed
-    assert failed.expected
+@pytest.mark.parametrize(
+    ("overrides", "name", "verdict", "measured"),
+    [
+        (["schedule.warmup_steps=50"], "warmup", "warn", "50 steps, 50.0% of the run"),
+        (["schedule.warmup_steps=0"], "warmup", "warn", "none"),
+        (["schedule.warmup_steps=400", "schedule.kind=constant"], "learning rate", "fail", "up to 7.5e-04 at step 99"),
+        (["schedule.decay_steps=1000"], "learning rate", "warn", "2.9e-03 at the end"),
+        (["optim.min_lr=0.0"], "learning rate", "pass", ""),  # the last step is still above it
+        (["optim.min_lr=0.0", "schedule.decay_steps=50"], "learning rate", "fail", "0.0e+00 at the end"),
+        (["optim.lr=0.02"], "peak rate", "warn", "2.0e-02"),
+        (["optim.lr=0.5"], "peak rate", "fail", "5.0e-01"),
+        (["optim.lr=1e-6", "optim.min_lr=0.0"], "peak rate", "fail", "1.0e-06"),
+        (["model.block_size=2048", "train.batch_size=1"], "split sizes", "warn", "validation windows"),
+        (["model.vocab_size=400"], "vocabulary", "warn", "of 400 ids"),
+        (["optim.weight_decay=10.0", "optim.eps=1e-3"], "settings", "warn", "2 unusual"),
+    ],
+)
+def test_config_and_data_alone(make_run, overrides, name, verdict, measured):
+    result = results_of(make_run(*WIDE, *overrides), name)[name]
+    assert (result.name, result.verdict) == (name, verdict)
+    assert measured in result.measured
+    if verdict != "pass":
+        assert result.diagnosis
+        assert result.fix
 
 
 def test_a_vocabulary_of_another_tokenizer_fails(make_run):
     """The ids in the files reach beyond the embedding."""
     run = make_run(*WIDE)
-    config = run.config.model_copy(update={"model": run.config.model.model_copy(update={"vocab_size": 20})})
-    result = next(sanity.sanity(dataclasses.replace(run, config=config)))
-    assert (result.name, result.verdict, result.expected) == ("token ids", "fail", "below 20")
+    result = results_of(variant(run, {"model": {"vocab_size": 20}}), "token ids")["token ids"]
+    assert (result.verdict, result.expected) == ("fail", "below 20")
     assert int(result.measured.split()[-1]) == max(int(t.max()) for t in run.source.splits.values())
-
-
-def test_a_schedule_that_ends_at_zero_fails(make_run):
-    healthy = make_run(*WIDE, "optim.min_lr=0.0")  # the last step is still above it
-    assert [r.verdict for r in results_of(healthy) if r.name == "learning rate"] == ["pass"]
-    failed = first_failure(make_run(*WIDE, "optim.min_lr=0.0", "schedule.decay_steps=50"))
-    assert failed.name == "learning rate"
-    assert failed.measured.endswith("0.0e+00 at the end")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "name", "measured"),
-    [
-        (["schedule.warmup_steps=50"], "learning rate", "warmup takes 50% of the steps"),
-        (["schedule.decay_steps=1000"], "learning rate", "9.8e-03 at the end"),
-        (["model.block_size=2048", "train.batch_size=1"], "split sizes", "validation windows"),
-    ],
-)
-def test_what_is_unwise_is_a_warning(make_run, overrides, name, measured):
-    checks = {"learning rate": sanity.learning_rate, "split sizes": sanity.split_sizes}
-    result = checks[name](make_run(*WIDE, *overrides))
-    assert (result.name, result.verdict) == (name, "warn")
-    assert measured in result.measured
-    assert result.fix
 
 
 @pytest.mark.parametrize(
@@ -237,14 +127,12 @@ def test_what_is_unwise_is_a_warning(make_run, overrides, name, measured):
 @pytest.mark.parametrize("recipe", ["gpt2", "modern"])
 def test_the_prediction_of_the_initial_loss_is_sharp(make_run, recipe, overrides):
     """Within a third of the tolerance: a planted bug of half a nat is not lost in it."""
-    run = make_run(*overrides, recipe=recipe)
-    result = sanity.initial_loss(run)
-    predicted = np.log(run.vocab_size) + logit_variance(run) / 2
-    assert abs(float(result.measured) - predicted) < INITIAL_LOSS_TOLERANCE / 3
-    logits = new_state(run).model(torch.from_numpy(run.source.batch(0)[0]))
-    assert logits.var().item() == pytest.approx(
-        logit_variance(run), rel=0.5, abs=1e-9
-    )  # a tied head likes its own input
+    result = results_of(make_run(*overrides, recipe=recipe), "initial loss")["initial loss"]
+    assert result.verdict == "pass"
+    assert abs(result.values["loss"] - result.values["predicted"]) < INITIAL_LOSS_TOLERANCE / 3
+
+
+# ---- The references ----
 
 
 def test_prefix_entropy_by_hand():
@@ -256,6 +144,87 @@ def test_prefix_entropy_by_hand():
     assert prefix_entropy(inputs[[1, 3]], targets[[1, 3]]) == 0
 
 
+def test_the_cross_entropy_is_torchs():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 11, generator=generator) * 20
+    targets = torch.randint(11, (3, 5), generator=generator)
+    targets[1, 2:] = -100
+    assert float(cross_entropy(logits, targets)) == pytest.approx(
+        float(F.cross_entropy(logits.double().flatten(0, 1), targets.flatten())), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_the_closed_form_is_the_schedule(make_config, kind):
+    config = make_config(f"schedule.kind={kind}", "schedule.warmup_steps=7", "train.max_steps=100", "optim.lr=2e-3")
+    assert [closed_form(step, config) for step in range(100)] == pytest.approx([factor(s, config) for s in range(100)])
+
+
+@pytest.mark.parametrize("switches", [(), ("model.activation=swiglu", "model.bias=true"), ("model.activation=gelu",)])
+@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
+def test_the_slow_gpt_is_the_fast_one(make_run, recipe, switches):
+    run = make_run("model.n_layer=3", "model.n_embd=24", *switches, recipe=recipe)
+    model = wake(new_state(run).model).eval()
+    assert sum(p.numel() for p in model.parameters()) == expected_parameters(run.config.model, run.vocab_size)
+    tokens = torch.from_numpy(run.source.batch(0)[0][:2])
+    slow = reference_logits(dict(model.named_parameters()), run.config.model, tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).double(), slow, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_formulas_of_the_optimizers_are_torchs(make_run, name):
+    """And each value of the config matters to them."""
+    run = make_run(f"optim.name={name}", "optim.betas=[0.8, 0.9]", "schedule.kind=constant", "schedule.warmup_steps=4")
+    state = new_state(run)
+    wake(state.model)
+    with watched(state) as updates:
+        for _ in range(3):
+            train_step(run, state)
+    config = run.config.optim
+    for tensor in {u.name for u in updates}:
+        steps = [u for u in updates if u.name == tensor]
+        assert [u.step for u in steps] == [0, 1, 2]
+        if steps[0].muon:
+            assert muon_error(steps, config) < 1
+            for other in ({"muon_lr": 0.021}, {"muon_momentum": 0.9}, {"weight_decay": 0.0}):
+                assert muon_error(steps, config.model_copy(update=other)) > 1
+        else:
+            assert adamw_error(steps, config) < 1
+            for other in ({"betas": (0.9, 0.999)}, {"scale": 1.1}, {"coupled": True}, {"uncorrected": True}):
+                if steps[0].weight_decay or "coupled" not in other:
+                    assert adamw_error(steps, config, **other) > 1, other
+
+
+def test_the_reference_gradient_is_autograds(make_run):
+    run = make_run()
+    model = new_state(run).model
+    inputs, targets = (torch.from_numpy(a) for a in run.source.batch(0))
+    found = reference_gradients(model, inputs, targets)
+    engine.loss_fn(model(inputs), targets).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_locate_finds_where_a_window_lies(make_run):
+    run = make_run()
+    path = engine.Path(run.data.dir) / "train.bin"
+    tokens = token_file(path)
+    for at in (0, 77, len(tokens) - 40):
+        found = locate(path, np.array(tokens[at : at + 40]))
+        assert np.array_equal(tokens[found : found + 40], tokens[at : at + 40])
+        last = locate(path, np.array(tokens[at : at + 40]), last=True)
+        assert found <= at <= last
+        assert np.array_equal(tokens[last : last + 40], tokens[at : at + 40])
+    assert locate(path, np.array(tokens[5:45])[::-1]) is None
+
+
+def test_the_evaluation_of_a_subject_starts_from_the_runs_own_weights(make_run):
+    run = make_run("model.dropout=0.2")
+    own = new_state(run).model.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in Subject(run).fresh.state_dict().items())
+
+
 # ---- It leaves no trace ----
 
 
@@ -264,11 +233,13 @@ def test_it_writes_nothing_and_draws_from_nobody(make_run, tales, tmp_path):
     folder = engine.Path(tales.dir)
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
     torch.manual_seed(4)
-    rng = torch.get_rng_state()
-    for _ in sanity.sanity(run):
+    rng, np_rng = torch.get_rng_state(), np.random.get_state()[1].copy()
+    for _ in sanity.sanity(run, select(skip=COSTLY)):
         assert torch.equal(torch.get_rng_state(), rng)  # in between too
+        assert (np.random.get_state()[1] == np_rng).all()
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == []
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_run_after_it_is_the_run_without_it(make_run, tmp_path):
@@ -276,8 +247,14 @@ def test_a_run_after_it_is_the_run_without_it(make_run, tmp_path):
     for name, check_first in (("plain", False), ("checked", True)):
         run = make_run(*WIDE, "model.dropout=0.2", f"train.out_dir={tmp_path / name}", "train.max_steps=15")
         if check_first:
-            assert len(results_of(run)) == len(sanity.CHECKS)
+            assert len(results_of(run)) == len(CHECKS) - len(COSTLY)
         state = new_state(run)
         list(train(run, state))
         ends.append(state.model.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_results_are_plain():
+    result = Result("pass", "1")
+    assert dataclasses.asdict(result)["verdict"] == "pass"
+    assert not math.isnan(result.seconds)

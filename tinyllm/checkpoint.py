@@ -10,6 +10,7 @@ A file is written aside, synced, then renamed, so that a crash leaves the old on
 import os
 import pickle
 import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyllm import custom
+from tinyllm.config import RunConfig, check
 from tinyllm.errors import CheckpointError
 from tinyllm.files import sync_folder
 
 FORMAT = "tinyllm checkpoint"
-VERSION = 1
+VERSION = 2
 LATEST, BEST = "ckpt.pt", "best.pt"
 
 
@@ -39,6 +42,7 @@ class Checkpoint:
     tokenizer: str  # tokenizer.json
     data: dict[str, Any]  # what the token files were made of
     val_loss: float | None = None  # of these very weights, where it was measured
+    model_source: str = ""  # SHA-256 of the file with the class of config.model.class, which is not in here
     versions: dict[str, str] = field(default_factory=lambda: {"torch": str(torch.__version__)})
 
 
@@ -113,6 +117,21 @@ def find(path: str | Path) -> Path:
             return path / name
     fix = "`tinyllm train run.toml` makes one, or name the file with --checkpoint"
     raise CheckpointError(f"no {BEST} or {LATEST} in this folder", where=f"{path}/", fix=fix)
+
+
+def run_config(
+    checkpoint: Checkpoint, overrides: Sequence[str] = (), where: str = "the checkpoint's config"
+) -> RunConfig:
+    """The run config that a checkpoint holds. Raises ConfigError, and CheckpointError for code not to be trusted.
+
+    A class of one's own is named in there, and is run when the model is built: it must be a file of the current
+    directory that has not changed (see `custom.trust`), unless an override of model.class says to run it.
+    """
+    config = check(checkpoint.config, overrides, where=where)
+    is_named = any(override.partition("=")[0].strip() == "model.class" for override in overrides)
+    if config.model.class_ and not is_named:
+        custom.trust(config.model.class_, checkpoint.model_source, where)
+    return config
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -5,24 +5,26 @@ Exit codes: 0 done, 1 a check failed, 2 the user's mistake, 128 + n stopped by s
 """
 
 import io
+import json
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinyllm import __version__, ui
-from tinyllm.errors import ConfigError, TinyLLMError, typed
+from tinyllm import __version__, ui, ui_sanity
+from tinyllm.errors import ConfigError, RunError, TinyLLMError, is_out_of_memory, typed
 
 if TYPE_CHECKING:
     from tinyllm.config import RunConfig
     from tinyllm.engine import Run, TrainState
+    from tinyllm.sanity import Check
 
 
 class Commands(typer.core.TyperGroup):
@@ -76,8 +78,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (MemoryError, RuntimeError) as error:
-        # NumPy's MemoryError, and what torch says on a CPU and on a GPU.
-        if not (isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error))):
+        if not is_out_of_memory(error):
             raise
         fix = "a smaller train.micro_batch_size (the result stays the same), train.batch_size or [model]"
         ui.show_error(TinyLLMError("not enough memory for this", fix=fix))
@@ -115,21 +116,25 @@ def new(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it to this file.")] = None,
 ) -> None:
     """Write a commented run config to start from."""
-    from tinyllm.examples import examples, read_example
+    from tinyllm.examples import example_files, examples, find_example, read_example
 
     if name is None and out is not None:
         raise ConfigError("--out needs the name of an example", fix="`tinyllm new` lists them")
     if name is None:
         ui.show_examples(examples())
         return
-    text = read_example(name)
     if out is None:
-        sys.stdout.write(text)
+        sys.stdout.write(read_example(name))
+        if model := find_example(name).model:
+            ui.note(f"it trains the model in {model.name}: `tinyllm new {name} --out run.toml` writes both")
         return
-    if out.exists():
-        raise ConfigError("is there already", where=str(out), fix="choose another --out, or delete it")
-    out.write_text(text, encoding="utf-8")
-    ui.note(f"wrote {out}; check it with: tinyllm sanity {typed(out)}")
+    files = example_files(name, out)
+    for path in files:
+        if path.exists():
+            raise ConfigError("is there already", where=str(path), fix="choose another --out, or delete it")
+    for path, text in files.items():
+        path.write_text(text, encoding="utf-8")
+    ui.note(f"wrote {' and '.join(map(str, files))}; check it with: tinyllm sanity {typed(out)}")
 
 
 @app.command()
@@ -142,8 +147,6 @@ def config(
     from tinyllm.config import json_schema, to_toml
 
     if schema:
-        import json
-
         print(json.dumps(json_schema(), indent=2))
         return
     sys.stdout.write(to_toml(read_config(path or RUN_TOML, set_)))
@@ -163,15 +166,53 @@ def prepare(
 
 
 @app.command()
-def sanity(path: ConfigPath = RUN_TOML, set_: Overrides = None) -> None:
+def sanity(
+    path: ConfigPath = RUN_TOML,
+    set_: Overrides = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME,...", help="These checks alone.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(metavar="NAME,...", help="All checks but these.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what `train` checks first, in seconds.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Say what the checks catch, and perform none.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep a page too: page.html or page.md.")] = None,
+) -> None:
     """Check the model, the config and the data before a run; exits with 1 if a check fails."""
+    if list_:
+        ui_sanity.show_checks(chosen_checks(only, skip, quick))
+        return
     settings = read_config(path, set_)
-    prepare_if_missing(settings)
+    checks = chosen_checks(only, skip, quick)
     from tinyllm.engine import open_run
     from tinyllm.sanity import sanity
+    from tinyllm.sanity.page import refuse, write_page
+    from tinyllm.sanity.report import Report
 
-    if not ui.show_sanity(sanity(open_run(settings))):
+    if out is not None:
+        refuse(out)  # before anything that takes its time
+    show = ui_sanity.follow_sanity if json_ else ui_sanity.show_sanity
+    with redirect_stdout(sys.stderr) if json_ else nullcontext():  # a model of the user's own may print
+        prepare_if_missing(settings)
+        run, when, started = open_run(settings), datetime.now().astimezone(), time.monotonic()
+        results = tuple(show(checks, sanity(run, checks)))
+    report = Report(str(path), run, checks, results, quick, time.monotonic() - started, when)
+    if out is not None:
+        write_page(report, out)
+        ui.note(f"wrote {out}")
+    if json_:
+        print(json.dumps(report.as_json(), indent=2, allow_nan=False))
+    if report.verdict == "fail":
         raise typer.Exit(1)
+
+
+def chosen_checks(only: list[str] | None, skip: list[str] | None, quick: bool) -> "tuple[Check, ...]":
+    """The checks that the options leave; each may be repeated, or hold several names with commas between."""
+    from tinyllm.sanity import select
+
+    parts = [[part.strip() for text in texts or () for part in text.split(",")] for texts in (only, skip)]
+    checks = select(*([name for name in names if name] for names in parts), quick=quick)
+    if not checks:
+        raise ConfigError("no check is left to do", fix="`tinyllm sanity --list` shows them")
+    return checks
 
 
 @app.command()
@@ -198,8 +239,9 @@ def train(
     path: ConfigPath = RUN_TOML,
     set_: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that train.out_dir holds.")] = False,
+    no_sanity: Annotated[bool, typer.Option("--no-sanity", help="Begin without the quick checks.")] = False,
 ) -> None:
-    """Train a model; evaluate it and save it on the way."""
+    """Check a model in seconds, then train it; evaluate it and save it on the way."""
     settings = read_config(path, set_)
     from tinyllm.folder import claimed, clear, refuse
 
@@ -210,11 +252,26 @@ def train(
     from tinyllm.engine import new_state, open_run
 
     run = open_run(settings)
+    if not no_sanity:
+        preflight(run)
     state = new_state(run)
     with claimed(out_dir):
         refuse(out_dir, overwrite)  # somebody else may have begun meanwhile
         clear(out_dir)
         go(run, state)
+
+
+def preflight(run: "Run") -> None:
+    """Do the quick checks, which leave no trace, and exit with 1 if one fails."""
+    from tinyllm.sanity import sanity, select
+
+    checks = select(quick=True)
+    failures = ui_sanity.show_preflight(checks, sanity(run, checks))
+    if failures:
+        what = f"{ui.plural(len(failures), 'check')} failed; nothing was written"
+        fix = "mend it, or train all the same with --no-sanity"
+        ui.show_error(RunError(what, where=f"{run.config.train.out_dir}/", fix=fix))
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -227,6 +284,7 @@ def resume(
     from tinyllm.folder import claimed, reopen, trim_metrics
 
     settings, loaded = reopen(checkpoint, set_ or ())
+    note_class(settings)
     with claimed(settings.train.out_dir):
         run = open_run(settings)
         state = restore(run, loaded)
@@ -248,6 +306,7 @@ def eval(
     from tinyllm.folder import reopen
 
     settings, loaded = reopen(find(checkpoint), set_ or ())
+    note_class(settings)
     run = open_run(settings)
     model = restore(run, loaded).model
     parts = {split: evaluate(run, model, split, windows) for split in ("train", "val")}
@@ -268,18 +327,32 @@ def sample(
     top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Only the likeliest with this mass; 1: all.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Same seed, same text.")] = 1337,
     device: Device = "auto",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="model.class=FILE:CLASS", help="Run this class as the model.")
+    ] = None,
 ) -> None:
     """Let a trained model speak."""
-    from tinyllm.checkpoint import find, load
+    from tinyllm.checkpoint import find
+    from tinyllm.folder import reopen
     from tinyllm.generate import Sampling, Speaker
 
     text = read_prompt(prompt, prompt_file)
     path = find(checkpoint)
-    speaker = Speaker(load(path), device)
+    settings, loaded = reopen(path, set_ or (), may_change=("model.class",))
+    note_class(settings)
+    speaker = Speaker(loaded, device, settings)
     ids = speaker.encode(text)
     ui.note(f"{path}, step {speaker.step:,}")
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens, seed)
     ui.show_samples(text, speaker.speak(ids, sampling, n), n)
+
+
+def note_class(settings: "RunConfig") -> None:
+    """Say which file a checkpoint is about to have us run, if any."""
+    from tinyllm.custom import find
+
+    if spec := settings.model.class_:
+        ui.note(f"running {find(spec).path}: its {spec.rpartition(':')[2]} is the model")
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, Strict, ValidationError
 
 from tinyllm.errors import ConfigError
 from tinyllm.mistakes import Problem, line_of, problem_of, show
@@ -25,6 +25,8 @@ Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # a path, most of them
 Beta = Annotated[float, Field(ge=0, lt=1)]
+NAME = r"[A-Za-z_]\w*"
+CLASS = rf"^$|^([^\x00\n]+\.py|{NAME}(\.{NAME})*):{NAME}$"
 
 
 class Section(BaseModel):
@@ -51,8 +53,15 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The transformer. A recipe sets the switches below it; a switch that is set wins over the recipe."""
+    """The transformer. A recipe sets the switches below it; a switch that is set wins over the recipe.
 
+    A `class` of one's own is built instead of it, from those of these values that it asks for.
+    """
+
+    class_: str = Field(  # `class` to everyone but Python
+        "", alias="class", pattern=CLASS, description="`file.py:Class` or `package.module:Class`; '': the built-in GPT"
+    )
+    args: dict[str, JsonValue] = Field({}, description="more keyword arguments, for a `class` of your own")
     recipe: Literal["gpt2", "modern"] = Field("gpt2", description="a named set of the switches from `norm` on")
     n_layer: Positive = Field(4, description="transformer blocks")
     n_head: Positive = Field(4, description="attention heads a block")
@@ -236,7 +245,12 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
             raise ConfigError(f"cannot read {override!r}", where="--set", fix=fix)
         if not isinstance(merged.setdefault(section, {}), dict):
             merged[section] = {}
-        merged[section][name] = parse_value(value.strip())
+        table = merged[section]
+        if section == "model" and name.startswith("args."):  # the only table inside a section
+            inner = table.get("args")
+            table["args"] = table = dict(inner) if isinstance(inner, Mapping) else {}
+            name = name.removeprefix("args.")
+        table[name] = parse_value(value.strip())
     return merged
 
 
@@ -257,12 +271,17 @@ def apply_recipe(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
+def keys_of(section: type[Section]) -> list[str]:
+    """The keys of a section as one writes them."""
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
 def validate(raw: Mapping[str, Any]) -> tuple[RunConfig, list[Problem]]:
     """The config, with the default in place of each value that is wrong, and the list of what is wrong."""
     try:
         return RunConfig.model_validate(dict(raw)), []
     except ValidationError as error:
-        sections = {name: list(field.annotation.model_fields) for name, field in RunConfig.model_fields.items()}
+        sections = {name: keys_of(field.annotation) for name, field in RunConfig.model_fields.items()}
         problems = [problem_of(e, sections) for e in error.errors()]
     good = {k: dict(v) for k, v in raw.items() if k in RunConfig.model_fields and isinstance(v, Mapping)}
     for problem in problems:
@@ -274,12 +293,17 @@ def validate(raw: Mapping[str, Any]) -> tuple[RunConfig, list[Problem]]:
 def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], Problem]]:
     """Values that are each allowed but not together: the keys involved, and what to say."""
     model, optim, train = config.model, config.optim, config.train
-    if model.n_embd % model.n_head:
+    built_in = not model.class_  # whether a class's values go together is its own business
+    if built_in and model.args:
+        message = "is for a class of your own: set model.class too"
+        yield ("model.args", "model.class"), Problem("model.args", message, model.args)
+    if built_in and model.n_embd % model.n_head:
         message = f"must be a multiple of model.n_head = {model.n_head}"
-        yield ("model.n_embd", "model.n_head"), Problem("model.n_embd", message, model.n_embd)
-    elif model.positions == "rope" and (model.n_embd // model.n_head) % 2:
+        yield ("model.n_embd", "model.n_head", "model.class"), Problem("model.n_embd", message, model.n_embd)
+    elif built_in and model.positions == "rope" and (model.n_embd // model.n_head) % 2:
         message = f"rotary positions need an even head size, n_embd / n_head = {model.n_embd // model.n_head} is odd"
-        yield ("model.n_embd", "model.n_head", "model.positions"), Problem("model.n_embd", message, model.n_embd)
+        keys = ("model.n_embd", "model.n_head", "model.positions", "model.class")
+        yield keys, Problem("model.n_embd", message, model.n_embd)
     if config.micro_batch_size > train.batch_size or train.batch_size % config.micro_batch_size:
         message = f"must divide train.batch_size = {train.batch_size}"
         problem = Problem("train.micro_batch_size", message, train.micro_batch_size)
@@ -302,7 +326,7 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], Problem
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain values, as TOML and checkpoints hold them (tuples become lists)."""
-    return config.model_dump(mode="json")
+    return config.model_dump(mode="json", by_alias=True)
 
 
 def to_toml(config: RunConfig) -> str:

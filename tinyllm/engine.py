@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyllm import checkpoint as ckpt
+from tinyllm import custom
 from tinyllm import tokenizer as tok
 from tinyllm.config import RunConfig, to_dict
 from tinyllm.data import IGNORED, BatchSource, open_tokens, prefetch
@@ -50,6 +51,7 @@ class Run:
     data: Prepared
     source: BatchSource
     token_bytes: np.ndarray  # (V,) int64: bytes of text each token stands for
+    model_source: str = ""  # SHA-256 of the file that a class of one's own is in
 
     @property
     def vocab_size(self) -> int:
@@ -72,7 +74,10 @@ class TrainState:
 
 
 def open_run(config: RunConfig) -> Run:
-    """Open the prepared data and the device. Raises DataError, RunError or ConfigError (a vocabulary too small)."""
+    """Open the prepared data and the device, and try a class of one's own, so that it fails here or not at all.
+
+    Raises DataError, RunError or ConfigError (a vocabulary too small, a class that is no language model).
+    """
     data = open_prepared(config.data)
     size = config.model.vocab_size
     if size and size < data.vocab_size:
@@ -83,7 +88,11 @@ def open_run(config: RunConfig) -> Run:
     runtime = resolve(config.runtime)
     # `auto` is settled once a run: whoever resumes it computes in the same precision, whatever a new measurement says.
     settled = {"runtime": config.runtime.model_copy(update={"dtype": runtime.dtype_name})}
-    return Run(config.model_copy(update=settled), runtime, data, source, tok.token_bytes(tokenizer))
+    source_hash = custom.find(config.model.class_).sha256 if config.model.class_ else ""
+    run = Run(config.model_copy(update=settled), runtime, data, source, tok.token_bytes(tokenizer), source_hash)
+    if config.model.class_:
+        custom.check_contract(new_model(run), config.model, run.vocab_size)
+    return run
 
 
 def open_source(config: RunConfig, data: Prepared, end_token: int | None) -> BatchSource:
@@ -104,10 +113,19 @@ def open_source(config: RunConfig, data: Prepared, end_token: int | None) -> Bat
 
 def new_state(run: Run) -> TrainState:
     """Fresh weights and optimizers: a function of the config alone."""
-    model = GPT(run.config.model, run.vocab_size)
-    init_weights(model, run.config.train.seed)
-    model.to(run.runtime.device)  # before the optimizers, which point at the parameters
+    model = new_model(run)
     return TrainState(model, build_optimizers(model, run.config.optim))
+
+
+def new_model(run: Run) -> nn.Module:
+    """A fresh model on the run's device: the GPT, or the config's own class."""
+    config, seed = run.config.model, run.config.train.seed
+    if config.class_:
+        model = custom.build(config, run.vocab_size, seed)
+    else:
+        model = GPT(config, run.vocab_size)
+        init_weights(model, seed)
+    return model.to(run.runtime.device)
 
 
 def restore(run: Run, checkpoint: ckpt.Checkpoint) -> TrainState:
@@ -138,6 +156,7 @@ def snapshot(run: Run, state: TrainState, val_loss: float | None = None) -> ckpt
         tokenizer=run.data.tokenizer_json,
         data={"documents": run.data.train.documents, **run.data.fingerprint},
         val_loss=val_loss,
+        model_source=run.model_source,
     )
 
 

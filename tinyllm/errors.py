@@ -6,6 +6,7 @@
 Libraries raise these; only `cli.py` prints them and exits (with code 2). Anything else that escapes is our bug.
 """
 
+import re
 import shlex
 from pathlib import Path
 
@@ -42,6 +43,12 @@ class CheckpointError(TinyLLMError):
 
 class RunError(TinyLLMError):
     """A run cannot start or go on: its folder is taken, the device is missing, the loss is not finite."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that there was not enough memory: NumPy's, or torch's on a CPU or on a GPU."""
+    told = isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", str(error))
+    return isinstance(error, MemoryError) or bool(told)
 
 
 def typed(path: str | Path) -> str:

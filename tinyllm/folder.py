@@ -21,8 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tinyllm.checkpoint import BEST, LATEST, Checkpoint, load
-from tinyllm.config import RunConfig, check, to_toml
+from tinyllm.checkpoint import BEST, LATEST, Checkpoint, load, run_config
+from tinyllm.config import RunConfig, to_toml
 from tinyllm.errors import ConfigError, RunError, typed
 from tinyllm.events import Evaluated, Event, StepDone
 from tinyllm.files import locked, write_text
@@ -88,11 +88,13 @@ def write_config(config: RunConfig) -> Path:
 
 
 # What may differ from the checkpoint's config: none of these changes what a step computes, but for device and dtype,
-# which change the rounding.
-MAY_CHANGE = ("data.dir", "train.eval_interval", "train.save_interval", "train.log_interval", "runtime.")
+# which change the rounding, and model.class, by which the user says which code is meant.
+MAY_CHANGE = ("data.dir", "train.eval_interval", "train.save_interval", "train.log_interval", "runtime.", "model.class")
 
 
-def reopen(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, Checkpoint]:
+def reopen(
+    path: Path, overrides: Sequence[str], may_change: tuple[str, ...] = MAY_CHANGE
+) -> tuple[RunConfig, Checkpoint]:
     """A checkpoint and its run's config, which from now on lives in the checkpoint's folder.
 
     Raises CheckpointError, and ConfigError for an override of something that makes the run what it is.
@@ -100,12 +102,12 @@ def reopen(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, Checkpoint]
     path = path / LATEST if path.is_dir() else path
     for override in overrides:
         key = override.partition("=")[0].strip()
-        if not key.startswith(MAY_CHANGE):
-            may = ", ".join(name + "*" if name.endswith(".") else name for name in MAY_CHANGE)
+        if not key.startswith(may_change):
+            may = ", ".join(name + "*" if name.endswith(".") else name for name in may_change)
             fix = f"may change: {may}; for anything else start a new run with `tinyllm train`"
             raise ConfigError("cannot change in a run that goes on", where=f"--set {key}", fix=fix)
     checkpoint = load(path)
-    config = check(checkpoint.config, overrides, where=str(path))
+    config = run_config(checkpoint, overrides, where=str(path))
     here = config.train.model_copy(update={"out_dir": str(path.parent)})
     return config.model_copy(update={"train": here}), checkpoint
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tinyllm import custom
 from tinyllm import tokenizer as tok
-from tinyllm.checkpoint import Checkpoint, load_weights
-from tinyllm.config import check
+from tinyllm.checkpoint import Checkpoint, load_weights, run_config
+from tinyllm.config import RunConfig
 from tinyllm.errors import TokenizerError
 from tinyllm.model import GPT, KVCache
 from tinyllm.runtime import choose_device
@@ -36,32 +37,35 @@ class Sampling:
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
+    model: nn.Module,
     prompt: Sequence[int],
     sampling: Sampling,
     *,
     n_samples: int = 1,
     end_token: int | None = None,
     n_tokens: int | None = None,
+    block_size: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, for each new token position, one id a sample; None once a sample has produced `end_token`.
 
     The prompt (at least one id) is cropped to its last block_size tokens. Beyond the context the window slides: its
-    older half is dropped and the rest read again, so a token costs the same however long the text grows. An embedding
-    may have more rows than the tokenizer has tokens; only the first `n_tokens` (None: all) are chosen from.
+    older half is dropped and the rest read again, so a token costs the same however long the text grows. A model of
+    one's own has no cache: it needs a `block_size`, and reads that many of the last tokens again each time. An
+    embedding may have more rows than the tokenizer has tokens; only the first `n_tokens` (None: all) are chosen from.
     """
     model.eval()
-    device, block_size = model.wte.weight.device, model.config.block_size
+    device = next(model.parameters()).device
+    block_size = block_size or model.config.block_size
     history = torch.tensor([list(prompt)[-block_size:]] * n_samples, device=device)
     uniforms = [
         np.random.Generator(np.random.Philox(key=sampling.seed, counter=[0, 0, i, 0])) for i in range(n_samples)
     ]
     ended = [False] * n_samples
-    cache, new = KVCache(model, n_samples), history
+    cache, new = KVCache(model, n_samples) if isinstance(model, GPT) else None, history
     for _ in range(sampling.max_new_tokens):
-        if cache.length + new.shape[1] > block_size:
+        if cache and cache.length + new.shape[1] > block_size:
             cache, new = KVCache(model, n_samples), history[:, -max(1, block_size // 2) :]
-        logits = model(new, cache)[:, -1, :n_tokens]
+        logits = (model(new, cache) if cache else model(history))[:, -1, :n_tokens]
         draws = torch.tensor([u.random() for u in uniforms], dtype=torch.float64)
         chosen = choose(logits, sampling, draws)
         step_ids = [None if ended[i] or token == end_token else token for i, token in enumerate(chosen.tolist())]
@@ -98,14 +102,17 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
 class Speaker:
     """A checkpoint that can speak: its model, its tokenizer, and how its documents begin and end."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
+    def __init__(self, checkpoint: Checkpoint, device: str = "auto", config: RunConfig | None = None) -> None:
+        self.config = config or run_config(checkpoint)
         self.step = checkpoint.step
         self.device, _ = choose_device(device)
         self.tokenizer = tok.from_json(checkpoint.tokenizer)
-        config = check(checkpoint.config, where="the checkpoint's config")
-        self.model = GPT(config.model, checkpoint.vocab_size)
+        model, vocab_size = self.config.model, checkpoint.vocab_size
+        self.model = custom.build(model, vocab_size, seed=0) if model.class_ else GPT(model, vocab_size)
         load_weights(self.model, checkpoint.model)
         self.model.to(self.device)
+        if model.class_:
+            custom.check_contract(self.model, model, vocab_size)
         # A tokenizer may have an end-of-text token that its training text never showed to the model.
         has_documents = bool(checkpoint.data.get("documents"))
         self.end_token = tok.end_of_text(self.tokenizer) if has_documents else None
@@ -124,6 +131,6 @@ class Speaker:
         """Yield for each step the new text of each sample, as soon as its characters are whole; None at its end."""
         pieces = [tok.stream(self.tokenizer) for _ in range(n_samples)]
         n_tokens = len(tok.vocabulary(self.tokenizer))
-        steps = generate(self.model, ids, sampling, n_samples=n_samples, end_token=self.end_token, n_tokens=n_tokens)
-        for step in steps:
+        limits = {"end_token": self.end_token, "n_tokens": n_tokens, "block_size": self.config.model.block_size}
+        for step in generate(self.model, ids, sampling, n_samples=n_samples, **limits):
             yield [None if id is None else pieces[i](id) for i, id in enumerate(step)]

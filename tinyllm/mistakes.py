@@ -35,6 +35,12 @@ ALIASES = {
     "max_seq_len": "model.block_size",
 }
 
+# What a text that has a pattern must look like.
+PATTERNS = {
+    "runtime.device": "must be one of `auto`, `cpu`, `cuda`, `cuda:1`, `mps`",
+    "model.class": 'must be "file.py:Class" or "package.module:Class"',
+}
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -67,9 +73,9 @@ def problem_of(error: Mapping[str, Any], sections: Sections) -> Problem:
         "string_type": 'must be text in quotes, like "..."',
         "string_too_short": "must not be empty",
         "finite_number": "must be a finite number",
-        "string_pattern_mismatch": "must be one of `auto`, `cpu`, `cuda`, `cuda:1`, `mps`"
-        if key == "runtime.device"
-        else "must not have a null character in it",
+        "string_pattern_mismatch": PATTERNS.get(key, "must not have a null character in it"),
+        "dict_type": "must be a table, like { width = 64 }",
+        "invalid-json-value": "must hold plain values: text, numbers, true or false, lists and tables of them",
         "tuple_type": "must be a list of two numbers, like [0.9, 0.95]",
         "missing": "is missing (a list of two numbers is expected)",
         "too_long": "must have two numbers",

@@ -39,12 +39,14 @@ class ParameterGroup:
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGroup]:
     """Every trainable parameter of the model in exactly one group; empty groups are left out."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = head_of(model)
     members: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "decay": {}, "no_decay": {}}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_embedding = id(parameter) in embeddings
-        if config.name == "muon" and parameter.dim() == 2 and not is_embedding and name != "head.weight":
+        is_head = head is not None and parameter is head.weight
+        if config.name == "muon" and parameter.dim() == 2 and not is_embedding and not is_head:
             members["muon"][name] = parameter
         elif parameter.dim() >= 2 and (config.decay_embeddings or not is_embedding):
             members["decay"][name] = parameter
@@ -63,6 +65,17 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
     ]
 
 
+def head_of(model: nn.Module) -> nn.Linear | None:
+    """The output head: the last nn.Linear with as many outputs as the first nn.Embedding has rows.
+
+    One inside an nn.ModuleList is a layer like others, however wide; None where the head is the embedding itself.
+    """
+    rows = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    layers = {id(m) for each in model.modules() if isinstance(each, nn.ModuleList) for m in each.modules()}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in layers]
+    return next((m for m in reversed(linears) if rows in (None, m.out_features)), None)
+
+
 def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
     """AdamW over its groups, and for `muon` a Muon (Jordan et al. 2024) over the matrices inside the blocks."""
     groups = parameter_groups(model, config)
@@ -79,9 +92,11 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
     optimizers: Optimizers = []
     if muon := as_dicts.pop("muon", None):
         optimizers.append(torch.optim.Muon([muon], momentum=config.muon_momentum))
-    # One fused kernel for all tensors; every device we run on (CPU, CUDA, MPS) has it.
-    adamw = torch.optim.AdamW(list(as_dicts.values()), betas=config.betas, eps=config.eps, fused=True)
-    return [*optimizers, adamw]
+    if as_dicts:  # a model of one's own may be nothing but matrices
+        # One fused kernel for all tensors; every device we run on (CPU, CUDA, MPS) has it.
+        adamw = torch.optim.AdamW(list(as_dicts.values()), betas=config.betas, eps=config.eps, fused=True)
+        optimizers.append(adamw)
+    return optimizers
 
 
 def set_learning_rate(optimizers: Optimizers, factor: float) -> None:

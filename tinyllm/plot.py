@@ -8,7 +8,9 @@
 Nothing here colours or prints: a line is made of spans, and each span says which curve it belongs to.
 """
 
+import io
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -299,15 +301,44 @@ def picture(
 
     Written aside, then renamed. Raises TinyLLMError for no curve, another suffix, or a file it cannot write.
     """
-    path, (x, y) = Path(path), axes_of(curves, 6, 5)
+    path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in (".png", ".svg"):
         what = f"cannot draw a file that ends in {suffix}" if suffix else "cannot tell the kind of picture"
         raise TinyLLMError(what, where=str(path), fix="name it .png or .svg")
+    image, aside = render(curves, suffix[1:], title, x_label, y_label), path.with_name(path.name + ".tmp")
+    try:
+        aside.write_bytes(image)
+        aside.replace(path)
+    except OSError as error:
+        raise TinyLLMError(f"cannot write the picture: {error.strerror}", where=str(path)) from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def svg(
+    curves: Sequence[Curve],
+    prefix: str,
+    *,
+    title: str = "",
+    x_label: str = "optimizer step",
+    y_label: str = "learning rate",
+) -> str:
+    """The picture without a background, an `<svg>` element to put into a page; all its ids begin with the prefix."""
+    text = render(curves, "svg", title, x_label, y_label, transparent=True).decode()
+    text = text[text.index("<svg") :]  # without the declarations of a file of its own
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
+
+
+def render(
+    curves: Sequence[Curve], kind: str, title: str, x_label: str, y_label: str, transparent: bool = False
+) -> bytes:
+    """The bytes of the picture, "png" or "svg"."""
+    x, y = axes_of(curves, 6, 5)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    aside = path.with_name(path.name + ".tmp")
+    image = io.BytesIO()
     # Text stays text in an SVG: it can be searched, and weighs less than outlines.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "tinyllm"}):
         figure = Figure(figsize=(9, 4.5 + 0.2 * len(curves)), dpi=150, layout="constrained")
@@ -316,13 +347,9 @@ def picture(
         draw_frame(axes, x, y)
         draw_curves(axes, curves, x, y)
         figure.legend(loc="outside lower left", frameon=False, fontsize=9, labelcolor="#444444")
-        try:
-            figure.savefig(aside, format=suffix[1:], metadata={"Date": None} if suffix == ".svg" else None)
-            aside.replace(path)
-        except OSError as error:
-            raise TinyLLMError(f"cannot write the picture: {error.strerror}", where=str(path)) from None
-        finally:
-            aside.unlink(missing_ok=True)
+        none = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else None
+        figure.savefig(image, format=kind, metadata=none, transparent=transparent)
+    return image.getvalue()
 
 
 def draw_frame(axes: "Axes", x: Axis, y: Axis) -> None:

@@ -1,4 +1,4 @@
-"""Where we run: device, precision, threads, seeds, compilation. The only place that knows.
+"""Where we run: device, precision, threads, seeds, compilation, memory. The only place that knows.
 
     runtime = resolve(config.runtime)
     runtime.summary                         # "cpu (no CUDA or MPS here), bfloat16 (2.9 times as fast here), 2 threads"
@@ -10,10 +10,14 @@ Whatever `auto` chooses comes with its reason, for the person who wonders why.
 
 import contextlib
 import ctypes
+import math
 import os
+import re
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -160,3 +164,108 @@ def compiled(model: nn.Module, tokens: Tensor, runtime: Runtime) -> tuple[nn.Mod
     finally:
         model.zero_grad(set_to_none=True)
     return fast, f"compiled in {time.perf_counter() - start:.0f} s"
+
+
+# ---- What the machine has ----
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most memory that this process has held on the device at a time, bytes; None where the system does not tell.
+
+    On a GPU what torch has reserved, without the driver's context. On Linux not `ru_maxrss`, which a process inherits
+    from the one that started it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # not a peak, but torch keeps what it has freed
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def new_peak(device: torch.device) -> None:
+    """Measure the peak on a GPU anew, without what torch keeps there for tensors of other sizes. On a CPU a no-op."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process could still get on the device, on top of what it has; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if sys.platform == "darwin":
+        return mac_free_memory()
+    with contextlib.suppress(OSError):
+        table = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(table["MemAvailable"].split()[0]) * 1024
+        return min([free, *control_group_rooms()])
+    return None
+
+
+def mac_free_memory() -> int | None:
+    """Free, inactive, speculative and purgeable pages, as `vm_stat` counts them; all there are where it does not."""
+    try:
+        text = subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout
+        page = int(re.findall(r"page size of (\d+)", text)[0])
+        counts = re.findall(r"Pages (?:free|inactive|speculative|purgeable): +(\d+)", text)
+        return page * sum(map(int, counts))
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def control_group_rooms(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left to each memory limit that Linux has set on the groups of this process (containers, batch jobs).
+
+    A group's limit holds for the groups inside it too. What it counts as used includes file pages that give way.
+    """
+    names = {  # version 1's memory controller, version 2
+        "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        "": ("memory.max", "memory.current", "inactive_file"),
+    }
+    rooms = []
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in names:
+            continue
+        limit, usage, reclaimable = names[controllers]
+        top = root / controllers
+        for folder in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # no limit here, or "max"
+                stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / usage).read_text()) - int(stat[reclaimable])
+                rooms.append(int((folder / limit).read_text()) - used)
+            if folder == top:
+                break
+    return rooms
+
+
+def first_to_go() -> None:
+    """Ask Linux to end this process before any other when memory is short. Elsewhere a no-op."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def matmul_rate(runtime: Runtime, seconds: float = 0.5) -> float:
+    """FLOP/s that the device reaches in a large square matrix product in the runtime's dtype: the best of several.
+
+    2 n^3 operations; n = 2048 keeps two cores busy for a tenth of a second in float32, and n = 8192 fills a GPU.
+    """
+    n = 2048 if runtime.device.type == "cpu" else 8192
+    a = torch.ones(n, n, dtype=runtime.dtype, device=runtime.device)
+    best, end = math.inf, time.perf_counter() + seconds
+    while best == math.inf or time.perf_counter() < end:
+        runtime.synchronize()
+        start = time.perf_counter()
+        a @ a
+        runtime.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

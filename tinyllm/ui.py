@@ -1,4 +1,4 @@
-"""What a person sees: the only module that knows rich. Results go to standard output, all else to standard error."""
+"""What a person sees: what knows rich, with ui_sanity.py. Results go to standard output, all else to standard error."""
 
 import sys
 import time
@@ -23,10 +23,8 @@ if TYPE_CHECKING:  # these import NumPy, some of them torch, which `--help` must
     from tinyllm.plot import Curve
     from tinyllm.prepare import Prepared
     from tinyllm.prepare import Progress as Preparing
-    from tinyllm.sanity import Result
 
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal to redraw
-VERDICTS = {"pass": ("✓+", "green"), "warn": ("!!", "yellow"), "fail": ("✗x", "bold red")}  # the second in plain ASCII
 
 
 class Results(Console):
@@ -132,33 +130,6 @@ def show_prepared(prepared: "Prepared", asked_for: bool = True) -> None:
         out.print(f"the best any model can do: {prepared.entropy:.4f} nats a token, {a_character:.4f} a character")
 
 
-# ---- sanity ----
-
-
-def show_sanity(results: Iterable["Result"]) -> bool:
-    """Each verdict as it comes; True if nothing failed."""
-    out = stdout()
-    counts = {"pass": 0, "warn": 0, "fail": 0}
-    started = time.monotonic()
-    for item in results:
-        counts[item.verdict] += 1
-        marks, style = VERDICTS[item.verdict]
-        mark = marks[not out.encoding.startswith("utf")]
-        line = Text.assemble((f"{mark} ", style), (f"{item.name:<18}", "bold"), item.measured)
-        beside = Text(f"  expected {item.expected}", "dim")
-        fits = item.verdict == "pass" and len(line) + len(beside) <= 80
-        out.print(line + beside if fits else line)
-        if item.verdict != "pass":
-            out.print(Text.assemble(" " * 20, ("expected ", "dim"), item.expected))
-            if item.fix:
-                out.print(Text.assemble(" " * 20, ("fix ", "bold"), item.fix))
-    words = [f"{counts['pass']} passed"]
-    words += [f"{counts[v]} {word}" for v, word in (("warn", "to look at"), ("fail", "failed")) if counts[v]]
-    style = "bold red" if counts["fail"] else "bold green"
-    out.print(Text.assemble((", ".join(words), style), f" in {time.monotonic() - started:.1f} s"))
-    return not counts["fail"]
-
-
 # ---- train ----
 
 
@@ -169,12 +140,12 @@ def show_run(run: "Run", groups: Sequence["ParameterGroup"], step: int) -> None:
     steps = train.max_steps - step
     tokens = steps * config.tokens_per_step
     parameters = sum(group.count for group in groups)
+    kind = model.class_ or f"{model.recipe}, {plural(model.n_layer, 'layer')} of {model.n_embd}"
     accumulation = f" in {config.accumulation_steps} micro-batches" if config.accumulation_steps > 1 else ""
     rows = {
         "data": f"{data.source}, {data.tokenizer}: {data.train.tokens:,} training tokens, "
         f"vocabulary {data.vocab_size:,}",
-        "model": f"{model.recipe}, {plural(model.n_layer, 'layer')} of {model.n_embd}, context {model.block_size}: "
-        f"{parameters:,} parameters",
+        "model": f"{kind}, context {model.block_size}: {parameters:,} parameters",
         "optim": config.optim.name + ": " + ", ".join(f"{g.name} {len(g.names)} ({g.count:,})" for g in groups),
         "device": run.runtime.summary,
         "steps": f"{steps:,} of {config.tokens_per_step:,} tokens{accumulation}: "

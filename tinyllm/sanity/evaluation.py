@@ -1,0 +1,310 @@
+"""Checks of the two modes, training and evaluation, of the loss that is shown, and of the precision."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tinyllm.data import IGNORED, BatchSource
+from tinyllm.engine import (
+    EVAL_LOGITS,
+    EVAL_TOKENS,
+    Run,
+    TrainState,
+    evaluate,
+    evaluate_both,
+    train_step,
+)
+from tinyllm.runtime import compiled
+from tinyllm.sanity.data import locate
+from tinyllm.sanity.result import Result, failed, passed, skipped, warned
+from tinyllm.sanity.subject import (
+    ROWS,
+    Subject,
+    cross_entropy,
+    joined,
+    logits_of,
+    reference_gradients,
+    variant,
+    wake,
+    watched,
+)
+
+CHEAP = 1e11  # multiplications that an evaluation of several batches may take here
+
+
+def training_mode(subject: Subject) -> Result:
+    """A step trains in training mode, whatever came before it, and its dropout follows step and micro-batch."""
+    run = small(subject)
+    state = subject.own_state(run)
+    state.model.eval()
+    with recorded(state.model, lambda module: module.training) as seen:
+        train_step(run, state, subject.batch)
+    if not all(seen):
+        diagnosis = "parts of the model are in evaluation mode during a training step: dropout is off"
+        return failed("evaluation mode", "training mode", diagnosis, "model.train() at the start of each step")
+    draws = [outputs_of_step(subject, run, step, disturb) for step, disturb in ((0, 1), (0, 2), (1, 3))]
+    expected, fix = "dropout by (seed, step, micro-batch)", "seed the generator by (seed, step, micro-batch)"
+    if not torch.equal(draws[0], draws[1]):
+        diagnosis = "the same step gives other values the second time: its dropout depends on what was drawn before"
+        return failed("another dropout for the same step", expected, diagnosis, fix)
+    if not subject.run.config.model.dropout + subject.run.config.model.attn_dropout:
+        return passed("on in training; nothing is random", expected)
+    if torch.equal(draws[0], draws[2]):
+        diagnosis = "two steps drop the same activations: some are never trained, or dropout is off"
+        return failed("the same dropout at each step", expected, diagnosis, fix)
+    if torch.equal(draws[0][0], draws[0][1]):
+        diagnosis = "all micro-batches of a step drop the same activations"
+        return failed("the same dropout in each micro-batch", expected, diagnosis, fix)
+    return passed("on in training, another in each step and micro-batch", expected)
+
+
+@contextmanager
+def recorded(model: nn.Module, look: Callable[[nn.Module], Any]) -> Iterator[list[Any]]:
+    """What `look` says of each module as it begins to run."""
+    seen: list[Any] = []
+    handles = [m.register_forward_pre_hook(lambda module, *_: seen.append(look(module))) for m in model.modules()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def outputs_of_step(subject: Subject, run: Run, step: int, disturb: int) -> Tensor:
+    """The model's outputs in the two micro-batches of a step, which get the same tokens, (2, B, T, V)."""
+    state, outputs = subject.own_state(run), []
+    state.step = step
+    torch.manual_seed(disturb)  # what was drawn before must not matter
+    handle = state.model.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
+    inputs, targets = (np.concatenate([a[: ROWS // 2]] * 2) for a in subject.batch)
+    train_step(run, state, (inputs, targets))
+    handle.remove()
+    return torch.stack(outputs)
+
+
+def small(subject: Subject) -> Run:
+    """The user's run, dropout and precision and all, on two micro-batches of two short sequences a step."""
+    train = {"batch_size": ROWS, "micro_batch_size": ROWS // 2}
+    return variant(subject.run, {"train": train, "runtime": {"compile": False}})
+
+
+def evaluation(subject: Subject) -> Result:
+    """The validation loss is the mean over fixed windows of val.bin, dropout off; it changes nothing and repeats."""
+    run, model = subject.exact, wake(copy.deepcopy(subject.own))
+    size = run.config.model.block_size
+    rows = max(1, min(EVAL_TOKENS // size, EVAL_LOGITS // (size * run.vocab_size)))
+    weights = sum(p.numel() for p in model.parameters())
+    # More than one batch, the last one shorter, where that is cheap: a mean of means would be wrong then.
+    n_windows = rows + 1 if weights * (rows + 1) * size < CHEAP else 3
+    for split in ("val", "train"):
+        if stray := misread(subject, split, max(n_windows, 12)):
+            diagnosis = f"the {split} loss is measured on something else than {split}.bin"
+            return failed(
+                f"the {split} loss is of {stray}", f"windows of {split}.bin", diagnosis, "read that file, evenly"
+            )
+    if wrong := disturbing(run, model, n_windows):
+        return wrong
+    for source, windows in ((run.source, n_windows), (shorter(run.source), 0)):
+        if wrong := miscounted(replace(run, source=source), model, subject, windows):
+            return wrong
+    return best_of_both(run, model, "the mean over windows of val.bin, dropout off")
+
+
+def misread(subject: Subject, split: str, n_windows: int) -> str:
+    """What is wrong with the windows that an evaluation of this split reads, in words; '' for nothing."""
+    path, source = Path(subject.run.data.dir) / f"{split}.bin", subject.run.source
+    other = path.with_name("val.bin" if split == "train" else "train.bin")
+    large = path.stat().st_size > 1 << 28  # where a search takes a while, and so does counting all targets
+    places = []
+    for inputs, targets in source.eval_batches(split, n_windows, 4):
+        for x, y in zip(inputs[:2], targets[:2], strict=True):
+            length = int((y != IGNORED).sum())
+            if not np.array_equal(x[1:length], y[: length - 1]):
+                return "targets that are not the inputs one token on"
+            whole = np.append(x[:length], y[length - 1])
+            places.append(locate(path, whole))
+            if places[-1] is None:
+                return f"windows of {other.name}" if locate(other, whole) is not None else "windows of no file"
+        if large:
+            break
+    tokens = len(subject.tokens[split])
+    total = (tokens - 1) // source.block_size
+    if not large and len(places) > 8 and total > 4 * n_windows and max(places) - min(places) < 0.5 * tokens:
+        return "one part of the file only"
+    if split == "val" and not large:
+        counted = sum(int((y != IGNORED).sum()) for _, y in source.eval_batches("val", 0, 64))
+        if counted != tokens - 1:
+            return f"{counted:,} targets of {tokens - 1:,} when it is to read the whole split"
+    return ""
+
+
+def disturbing(run: Run, model: nn.Module, n_windows: int) -> Result | None:
+    """A failure if an evaluation is not the same each time, or leaves something changed."""
+    state = torch.get_rng_state()
+    for training in (True, False):
+        model.train(training)
+        with recorded(model, lambda module: module.training or torch.is_grad_enabled()) as seen:
+            first = evaluate(run, model, "val", n_windows=n_windows)
+        if model.training != training:
+            diagnosis = "evaluation leaves the model in another mode: dropout would stay off (or on) in training"
+            return failed(f"training = {model.training} afterwards", f"{training}", diagnosis, "restore the mode")
+        if any(seen):
+            diagnosis = "parts of the model are in training mode during evaluation, or gradients are recorded"
+            fix = "model.eval() on the model that is called, and torch.no_grad()"
+            return failed("training mode", "evaluation mode, no gradients", diagnosis, fix)
+    again = evaluate(run, model, "val", n_windows=n_windows)
+    if first != again or not torch.equal(state, torch.get_rng_state()):
+        diagnosis = "two evaluations of the same weights differ, or draw random numbers that training would draw"
+        return failed(f"{first.loss:.5f}, then {again.loss:.5f}", "the same", diagnosis, "fixed windows, no generator")
+    if any(p.grad is not None for p in model.parameters()):
+        diagnosis = "evaluation leaves gradients behind, which the next step would take as its own"
+        return failed("gradients afterwards", "none", diagnosis, "no backward() in an evaluation")
+    return None
+
+
+def shorter(source: BatchSource) -> BatchSource:
+    """The source with a few windows a split, the last of them cut short."""
+    cut = copy.copy(source)
+    if source.documents:
+        cut.documents = {name: (starts[:5], lengths[:5]) for name, (starts, lengths) in source.documents.items()}
+    else:
+        end = 3 * source.block_size + source.block_size // 2 + 1
+        cut.splits = {name: tokens[:end] for name, tokens in source.splits.items()}
+    return cut
+
+
+def miscounted(run: Run, model: nn.Module, subject: Subject, n_windows: int) -> Result | None:
+    """A failure if the engine's evaluation is not what one gets by hand."""
+    found = evaluate(run, model, "val", n_windows=n_windows)
+    right, count, text_bytes = by_hand(run, model, subject, n_windows)
+    if not math.isclose(found.loss, right, rel_tol=1e-4):
+        diagnosis = "the validation loss is not the mean over the tokens of its windows"
+        fix = "add up nats and tokens, divide once at the end"
+        return failed(f"{found.loss:.5f}", f"{right:.5f}", diagnosis, fix)
+    bits = right * count / math.log(2) / max(text_bytes, 1)
+    if found.tokens != count or not math.isclose(found.bits_per_byte, bits, rel_tol=1e-3):
+        diagnosis = f"{found.tokens:,} tokens and {found.bits_per_byte:.4f} bits a byte are reported"
+        return failed(diagnosis, f"{count:,} and {bits:.4f}", diagnosis, "count the targets that are not ignored")
+    return None
+
+
+def by_hand(run: Run, model: nn.Module, subject: Subject, n_windows: int) -> tuple[float, int, int]:
+    """Mean nats, tokens and bytes of text over the evaluation's windows."""
+    nats, count, text_bytes = 0.0, 0, 0
+    model.eval()
+    for inputs, targets in run.source.eval_batches("val", n_windows, 16):
+        counted = targets[targets != IGNORED]
+        loss = float(cross_entropy(logits_of(model, subject.tensor(inputs)), subject.tensor(targets)))
+        nats += loss * counted.size
+        count += counted.size
+        text_bytes += int(run.token_bytes[counted].sum())
+    return nats / count, count, text_bytes
+
+
+def best_of_both(run: Run, model: nn.Module, expected: str) -> Result:
+    """The verdict on `evaluate_both`: each split by its own text, and the best one remembered."""
+    run = variant(run, {"train": {"eval_windows": 3}})
+    own = {split: evaluate(run, model, split) for split in ("train", "val")}
+    state = TrainState(model, [], step=1)
+    both = evaluate_both(run, state, lambda: False)
+    if (both.train, both.val) != (own["train"], own["val"]):
+        diagnosis = "what is shown as training and validation loss are not these"
+        return failed(
+            f"{both.train.loss:.4f} and {both.val.loss:.4f}",
+            f"{own['train'].loss:.4f} and {own['val'].loss:.4f}",
+            diagnosis,
+            "evaluate each split by its name",
+        )
+    again = evaluate_both(run, state, lambda: False)
+    if not both.is_best or again.is_best or state.best_val_loss != both.val.loss:
+        diagnosis = "the best checkpoint is not that of the lowest validation loss"
+        return failed(
+            f"best is {state.best_val_loss:.4f}",
+            f"{both.val.loss:.4f}",
+            diagnosis,
+            "keep it when val.loss < best_val_loss",
+        )
+    return passed(f"{both.val.loss:.4f} each time, and by hand", expected)
+
+
+def precision(subject: Subject) -> Result:
+    """The run's precision gives the loss and the gradient of float32, but for rounding."""
+    dtype = subject.run.runtime.dtype_name
+    if dtype == "float32":
+        return skipped("the run computes in float32")
+    found: dict[str, tuple[float, Tensor]] = {}
+    for name in (dtype, "float32"):
+        run = variant(
+            subject.exact,
+            {
+                "runtime": {"dtype": name},
+                "train": {"batch_size": ROWS, "micro_batch_size": 0},
+                "optim": {"grad_clip": 0.0},
+            },
+        )
+        state = subject.state(run)
+        with watched(state) as updates:
+            report = train_step(run, state, subject.batch)
+        found[name] = report.loss, joined({u.name: u.grad for u in updates if u.grad is not None})
+    if subject.run.runtime.dtype not in computed_in(subject):
+        diagnosis = f"nothing in the model is computed in {dtype}: the run would be as slow as in float32"
+        fix = "the forward pass belongs under runtime.autocast(); casts to float32 inside the model undo it"
+        return warned(f"no layer gives {dtype}", f"matrix products in {dtype}", diagnosis, fix)
+    (loss, gradient), (right, exact) = found[dtype], found["float32"]
+    off, cosine = abs(loss - right), float(torch.nn.functional.cosine_similarity(gradient, exact, dim=0))
+    measured, expected = f"loss {off:.4f} off, gradient cosine {cosine:.4f}", "below 0.02 and above 0.99"
+    values = {"loss_difference": off, "gradient_cosine": cosine}
+    if not (off < 0.02 and cosine > 0.99):
+        diagnosis = f"{dtype} changes the gradient's direction: something in the model overflows or cancels"
+        return failed(
+            measured,
+            expected,
+            diagnosis,
+            "runtime.dtype = float32, or keep norms, softmax and loss in float32",
+            values=values,
+        )
+    return passed(measured, expected, values=values)
+
+
+def computed_in(subject: Subject) -> set[torch.dtype]:
+    """The dtypes of what the model's modules give in a step of the run's precision."""
+    run, seen = small(subject), set()
+    state = subject.own_state(run)
+    for module in state.model.modules():
+        module.register_forward_hook(lambda module, args, output: seen.add(getattr(output, "dtype", None)))
+    train_step(run, state, subject.batch)
+    return seen
+
+
+def compile_agrees(subject: Subject) -> Result:
+    """The compiled model computes what the model does, forward and backward."""
+    if not subject.run.config.runtime.compile:
+        return skipped("runtime.compile = false")
+    model = subject.state(woken=True).model.train()
+    inputs, targets = (subject.tensor(a) for a in subject.batch)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        fast, note = compiled(model, inputs, subject.exact.runtime)
+        if fast is model:
+            return skipped(note)
+        right = reference_gradients(model, inputs, targets)
+        logits = logits_of(model, inputs)
+        error = float((logits_of(fast, inputs) - logits).abs().max() / logits.std())
+        cross_entropy(fast(inputs), targets).backward()
+        found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    slope = float((joined(found) - joined(right)).norm() / joined(right).norm())
+    measured, expected = f"logits {error:.1e}, gradient {slope:.1e} apart", "below 1e-3, in float32"
+    if not (error < 1e-3 and slope < 1e-3):
+        diagnosis = "the compiler changes what the model computes: a miscompile"
+        return failed(measured, expected, diagnosis, "runtime.compile = false, or another version of torch")
+    return passed(f"{measured}; {note}", expected)

@@ -1,0 +1,133 @@
+"""Checks of the model's parts: the built-in GPT against its formula, those of another against what they are for."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tinyllm.sanity.model import is_ours, relative
+from tinyllm.sanity.reference import reference_logits
+from tinyllm.sanity.result import Result, failed, passed, skipped, warned
+from tinyllm.sanity.subject import Subject, logits_of
+
+
+def formula(subject: Subject) -> Result:
+    """The built-in model on this device computes what its papers say, written out in float64."""
+    if not is_ours(subject):
+        return skipped("a model of your own has no other description")
+    model = subject.woken
+    tokens = subject.tensor(subject.batch[0][:2, :24])
+    with torch.no_grad():
+        wanted = reference_logits(dict(model.named_parameters()), subject.exact.config.model, tokens)
+    got = logits_of(model, tokens)
+    error = relative(got.double().cpu() - wanted, wanted)
+    measured, expected = f"logits differ by {error:.1e} of their size", "at most 1e-4, in float32"
+    if not error < 1e-4:
+        at = int((got.double().cpu() - wanted).abs().amax((0, 2)).gt(1e-4 * wanted.std()).nonzero()[0])
+        diagnosis = f"the model computes something else than its formula, from position {at} on"
+        fix = "model.py, or this build of torch on this device: runtime.device = cpu shows which"
+        return failed(measured, expected, diagnosis, fix, values={"error": error})
+    return passed(measured, expected, values={"error": error})
+
+
+def building_blocks(subject: Subject) -> Result:
+    """Norms take the size away, and layers bend: two matrices in a row are but one.
+
+    A norm's output is the same for ten times its input; a network of two layers is not additive.
+    """
+    seen: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: (m, args)}))
+        for name, module in subject.woken.named_modules()
+    ]
+    logits_of(subject.woken, subject.tensor(subject.batch[0]))
+    for handle in handles:
+        handle.remove()
+    expected, looked_at = "norms take the size away, layers bend", 0
+    for name, (module, args) in seen.items():
+        if len(args) != 1 or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+            continue
+        looked_at += 1
+        x = args[0] / args[0].std().clamp(min=1e-6)
+        if "norm" in type(module).__name__.lower() and lets_size_through(module, x):
+            diagnosis = f"{name} ({type(module).__name__}) gives more for more: it does not normalise"
+            return warned(f"{name} lets the size through", expected, diagnosis, "divide by the root of the mean square")
+        if sum(isinstance(m, nn.Linear) for m in module.modules()) >= 2 and is_additive(module, x):
+            diagnosis = f"{name} is linear: its matrices in a row could be one"
+            return warned(f"{name} does not bend", expected, diagnosis, "an activation between its layers")
+    return passed(f"{looked_at} modules looked at", expected)
+
+
+def lets_size_through(norm: nn.Module, x: Tensor) -> bool:
+    small, large = logits_of(norm, x), logits_of(norm, 10 * x)
+    return isinstance(small, Tensor) and relative(large - small, small) > 0.05
+
+
+def is_additive(module: nn.Module, x: Tensor) -> bool:
+    y = 0.7 * x.roll(1, dims=-1)
+    both, one, other, none = (logits_of(module, part) for part in (x + y, x, y, 0 * x))
+    return isinstance(one, Tensor) and relative(both - one - other + none, one) < 1e-4
+
+
+def residual_stream(subject: Subject) -> Result:
+    """In a fresh model a token's own embedding is what mostly reaches its logits: the way around each block is open."""
+    tokens = subject.tensor(subject.batch[0][:1])
+    T, vocabulary = tokens.shape[1], subject.run.vocab_size
+    if T < 8:
+        return skipped("a context of less than 8 tokens")
+    base = logits_of(subject.fresh, tokens).float()[:, -1]
+
+    def moved(at: int) -> float:
+        changed = tokens.clone()
+        changed[:, at] = (changed[:, at] + vocabulary // 2) % vocabulary
+        return float((logits_of(subject.fresh, changed).float()[:, -1] - base).norm())
+
+    own, other = moved(T - 1), max(moved(at) for at in (T - 2, T // 2, 0))
+    if own == other == 0:
+        return skipped("the output starts at zero")
+    measured, expected = f"own token {own:.2g}, another {other:.2g}", "its own counts most"
+    if own < 1.5 * other:
+        diagnosis = "before training, other tokens count as much as a token's own: deep models hardly learn so"
+        return warned(measured, expected, diagnosis, "is a residual connection missing? x = x + block(norm(x))")
+    return passed(measured, expected)
+
+
+def attention_scale(subject: Subject) -> Result:
+    """Attention scores are divided by sqrt(head size), or else the softmax saturates as training goes on.
+
+    Queries and keys of unit variance give scores that spread by sqrt(D), and by 1 once scaled (Vaswani et al. 2017,
+    3.2.1). Woken weights give about unit variance behind a norm.
+    """
+    if is_ours(subject):
+        return skipped("the built-in attention is held to its formula")
+    with Scores() as scores:
+        logits_of(subject.woken, subject.tensor(subject.batch[0]))
+    if not scores.spreads:
+        return skipped("torch's own attention, which scales by itself")
+    spread, width = max(scores.spreads)
+    measured, expected = f"scores spread by {spread:.1f}, heads of {width}", "about 1"
+    if width >= 8 and not 0.65 < spread < 0.5 * width**0.5:
+        diagnosis = f"queries times keys spread by {spread:.2f}: the scale is missing, or is not that of a head"
+        return warned(measured, expected, diagnosis, "divide the scores by the square root of the head size")
+    return passed(measured, expected)
+
+
+class Scores(TorchDispatchMode):
+    """Watches the softmax of square score matrices, as an attention written out takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spreads: list[tuple[float, int]] = []  # of the visible scores, and the width of queries and keys
+        self.width = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("bmm", "matmul") and args[0].dim() >= 3 and out.shape[-1] == out.shape[-2]:
+            self.width = args[0].shape[-1]
+        if name == "_softmax" and args[0].dim() >= 3 and args[0].shape[-1] == args[0].shape[-2] and self.width:
+            scores = args[0].float()
+            visible = scores[scores.isfinite() & (scores > -1e4)]
+            self.spreads.append((float(visible.std()), self.width))
+        return out
