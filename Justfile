@@ -29,7 +29,11 @@ test *args: install-dev
 
 # The slow proofs: whole training runs, on real data
 proofs *args: install-dev
-    {{bin}}/python -m pytest -m slow "$@"
+    {{bin}}/python -m pytest -m slow tests/test_proofs.py "$@"
+
+# Plant every bug, run every healthy combination: what the checks find, miss and wrongly suspect
+bugs *args: install-dev
+    {{bin}}/python benchmarks/bugs.py "$@"
 
 # Style and layers
 lint: install-dev

@@ -96,7 +96,7 @@ def test_a_check_that_breaks_down_is_a_failure(make_run):
         (["schedule.decay_steps=1000"], "learning rate", "warn", "2.9e-03 at the end"),
         (["optim.min_lr=0.0"], "learning rate", "pass", ""),  # the last step is still above it
         (["optim.min_lr=0.0", "schedule.decay_steps=50"], "learning rate", "fail", "0.0e+00 at the end"),
-        (["optim.lr=0.02"], "peak rate", "warn", "2.0e-02"),
+        (["optim.lr=0.02"], "peak rate", "warn", "= 2.0e-02"),
         (["optim.lr=0.5"], "peak rate", "fail", "5.0e-01"),
         (["optim.lr=1e-6", "optim.min_lr=0.0"], "peak rate", "fail", "1.0e-06"),
         (["model.block_size=2048", "train.batch_size=1"], "split sizes", "warn", "validation windows"),

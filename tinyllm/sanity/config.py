@@ -7,7 +7,7 @@ import torch
 
 from tinyllm.config import RunConfig
 from tinyllm.optim import set_learning_rate
-from tinyllm.sanity.result import Result, failed, passed, skipped, warned
+from tinyllm.sanity.result import Result, failed, passed, warned
 from tinyllm.sanity.subject import Subject
 from tinyllm.schedule import factor
 
@@ -106,24 +106,29 @@ def warmup(subject: Subject) -> Result:
 
 
 def peak_rate(subject: Subject) -> Result:
-    """AdamW's peak rate is within reach of what others train models of this size with."""
+    """The peak rate is within reach of what others train models of this size with."""
     config = subject.run.config
-    parameters = sum(p.numel() for p in subject.fresh.parameters())
-    sizes, rates = np.log(list(PUBLISHED)), np.log(list(PUBLISHED.values()))
-    usual = float(np.exp(np.interp(math.log(parameters), sizes, rates)))
-    ratio = config.optim.lr / usual
-    measured, expected = f"{config.optim.lr:.1e}", f"{usual:.0e} at {parameters / 1e6:.1f} M, within 5 times"
-    values = {"lr": config.optim.lr, "usual": usual}
-    if config.optim.name == "muon":
-        return skipped("Muon trains the matrices: AdamW's rates are published for whole models")
+    key, rate, usual = "optim.lr", config.optim.lr, published_rate(subject)
+    if config.optim.name == "muon":  # it trains the matrices, at a rate that does not depend on the size
+        key, rate, usual = "optim.muon_lr", config.optim.muon_lr, 0.02
+    ratio = rate / usual
+    measured, expected = f"{key} = {rate:.1e}", f"{usual:.0e}, within 5 times"
+    values = {"lr": rate, "usual": usual}
     if max(ratio, 1 / ratio) > 5:
         side = "above" if ratio > 1 else "below"
         times = max(ratio, 1 / ratio)
-        diagnosis = f"optim.lr is {times:,.0f} times {side} what models of this size are trained with"
-        fix = f"start from optim.lr = {usual:.0e}; `short run` shows whether this one learns"
+        diagnosis = f"{key} is {times:,.0f} times {side} what models of this size are trained with"
+        fix = f"start from {key} = {usual:.0e}; `short run` shows whether this one learns"
         far = failed if times > 50 else warned
         return far(measured, expected, diagnosis, fix, values=values)
     return passed(measured, expected, values=values)
+
+
+def published_rate(subject: Subject) -> float:
+    """What others train a model of this size with, by AdamW: interpolated between the published ones."""
+    weights = sum(p.numel() for p in subject.fresh.parameters())
+    sizes, rates = np.log(list(PUBLISHED)), np.log(list(PUBLISHED.values()))
+    return float(np.exp(np.interp(math.log(weights), sizes, rates)))
 
 
 def settings(subject: Subject) -> Result:

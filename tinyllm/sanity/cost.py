@@ -90,7 +90,7 @@ def token_budget(subject: Subject) -> Result:
     seen = run.config.train.max_steps * run.config.tokens_per_step
     a_parameter = seen / max(count(subject.fresh), 1)
     epochs = run.config.train.max_steps * run.config.train.batch_size / windows_an_epoch(run)
-    measured = f"{amount(seen)}tokens: {a_parameter:.2g} a parameter, {epochs:.2g} epochs"
+    measured = f"{amount(seen).strip()} tokens: {a_parameter:.2g} a parameter, {epochs:.2g} epochs"
     expected = f"about {TOKENS_A_PARAMETER} a parameter is best for the FLOPs spent"
     values = {"tokens": seen, "tokens_a_parameter": a_parameter, "epochs": epochs}
     if epochs > MOST_EPOCHS and not has_dropout(run, subject.fresh):
@@ -155,7 +155,7 @@ def checkpoint_bytes(run: Run, model: nn.Module) -> int:
             return value
         storage = value.untyped_storage()
         data[storage.data_ptr() or id(value)] = storage.nbytes()
-        return torch.zeros(1, dtype=value.dtype).expand(value.shape)
+        return torch.zeros((), dtype=value.dtype).expand(value.shape)
 
     record = snapshot(run, TrainState(model, []))
     weights = hollow(record.model)

@@ -141,9 +141,8 @@ def split_sizes(subject: Subject) -> Result:
     measured = f"{counts['train']:,} training, {counts['val']:,} validation windows"
     if counts["val"] > counts["train"]:
         diagnosis = "there is more text to measure by than to learn from"
-        return warned(
-            measured, "more training than validation", diagnosis, "a smaller data.val_fraction", values=counts
-        )
+        fix = "a smaller data.val_fraction"
+        return warned(measured, "more training than validation", diagnosis, fix, values=counts)
     if counts["val"] < 20:
         diagnosis = "the validation loss will be noisy: too little text to measure by"
         fix = "more text, a larger data.val_fraction or a smaller model.block_size"
@@ -164,9 +163,8 @@ def overlap(subject: Subject) -> Result:
     values = {"share": share}
     if share > 0.2:
         diagnosis = "the validation text is in the training text: its loss would look good and mean nothing"
-        return failed(
-            measured, expected, diagnosis, "remove duplicates from data.source, then prepare again", values=values
-        )
+        fix = "remove duplicates from data.source, then prepare again"
+        return failed(measured, expected, diagnosis, fix, values=values)
     if share > usual:
         diagnosis = "some validation text is also training text, or the text is made of templates"
         return warned(measured, expected, diagnosis, "remove duplicates from data.source", values=values)
@@ -209,15 +207,13 @@ def batches(subject: Subject) -> Result:
         first = drawn[0]
         shift = "not shifted at all" if np.array_equal(*first) else "not the inputs one token on"
         diagnosis = "the model would learn to copy its input, or to skip a token"
-        return failed(
-            f"the targets are {shift}", expected, diagnosis, "shift by one in `data.windows` and nowhere else"
-        )
+        fix = "shift by one in `data.windows` and nowhere else"
+        return failed(f"the targets are {shift}", expected, diagnosis, fix)
     both = np.concatenate([np.concatenate((x, y[:, -1:]), axis=1) for x, y in drawn])
     if both.shape[1] != run.config.model.block_size + 1:
         diagnosis = "the batch source gives windows of another length than model.block_size"
-        return failed(
-            f"windows of {both.shape[1] - 1} tokens", f"{run.config.model.block_size}", diagnosis, "cut them so"
-        )
+        fix = "cut them so"
+        return failed(f"windows of {both.shape[1] - 1} tokens", f"{run.config.model.block_size}", diagnosis, fix)
     if not np.array_equal(source.batch(1)[0], drawn[1][0]):
         diagnosis = "the same step gave another batch the second time: no run could be resumed exactly"
         return failed("batch(1) differs from batch(1)", expected, diagnosis, "key the batch by (seed, step) alone")
@@ -271,9 +267,8 @@ def placed(subject: Subject, rows: np.ndarray, expected: str) -> Result:
             diagnosis = "training reads the validation split: its loss would mean nothing"
             return failed("a window of val.bin", expected, diagnosis, "read train.bin for training")
         diagnosis = "the ids of a batch are nowhere in train.bin in this order"
-        return failed(
-            "a window that is not in train.bin", expected, diagnosis, "take whole windows, in the file's order"
-        )
+        fix = "take whole windows, in the file's order"
+        return failed("a window that is not in train.bin", expected, diagnosis, fix)
     found = np.array([place for place in places if place is not None])
     steps = np.diff(found)
     tokens = len(subject.tokens["train"])

@@ -105,12 +105,11 @@ def evaluation(subject: Subject) -> Result:
     # More than one batch, the last one shorter, where that is cheap: a mean of means would be wrong then.
     n_windows = rows + 1 if weights * (rows + 1) * size < CHEAP else 3
     for split in ("val", "train"):
-        if stray := misread(subject, split, max(n_windows, 12)):
+        if stray := misread(subject, split, 12):
             diagnosis = f"the {split} loss is measured on something else than {split}.bin"
-            return failed(
-                f"the {split} loss is of {stray}", f"windows of {split}.bin", diagnosis, "read that file, evenly"
-            )
-    if wrong := disturbing(run, model, n_windows):
+            fix = "read that file, evenly"
+            return failed(f"the {split} loss is of {stray}", f"windows of {split}.bin", diagnosis, fix)
+    if wrong := disturbing(run, model, 3):
         return wrong
     for source, windows in ((run.source, n_windows), (shorter(run.source), 0)):
         if wrong := miscounted(replace(run, source=source), model, subject, windows):
@@ -217,21 +216,18 @@ def best_of_both(run: Run, model: nn.Module, expected: str) -> Result:
     both = evaluate_both(run, state, lambda: False)
     if (both.train, both.val) != (own["train"], own["val"]):
         diagnosis = "what is shown as training and validation loss are not these"
+        fix = "evaluate each split by its name"
         return failed(
             f"{both.train.loss:.4f} and {both.val.loss:.4f}",
             f"{own['train'].loss:.4f} and {own['val'].loss:.4f}",
             diagnosis,
-            "evaluate each split by its name",
+            fix,
         )
     again = evaluate_both(run, state, lambda: False)
     if not both.is_best or again.is_best or state.best_val_loss != both.val.loss:
         diagnosis = "the best checkpoint is not that of the lowest validation loss"
-        return failed(
-            f"best is {state.best_val_loss:.4f}",
-            f"{both.val.loss:.4f}",
-            diagnosis,
-            "keep it when val.loss < best_val_loss",
-        )
+        fix = "keep it when val.loss < best_val_loss"
+        return failed(f"best is {state.best_val_loss:.4f}", f"{both.val.loss:.4f}", diagnosis, fix)
     return passed(f"{both.val.loss:.4f} each time, and by hand", expected)
 
 
@@ -264,13 +260,8 @@ def precision(subject: Subject) -> Result:
     values = {"loss_difference": off, "gradient_cosine": cosine}
     if not (off < 0.02 and cosine > 0.99):
         diagnosis = f"{dtype} changes the gradient's direction: something in the model overflows or cancels"
-        return failed(
-            measured,
-            expected,
-            diagnosis,
-            "runtime.dtype = float32, or keep norms, softmax and loss in float32",
-            values=values,
-        )
+        fix = "runtime.dtype = float32, or keep norms, softmax and loss in float32"
+        return failed(measured, expected, diagnosis, fix, values=values)
     return passed(measured, expected, values=values)
 
 

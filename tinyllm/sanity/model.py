@@ -38,9 +38,8 @@ def parameters(subject: Subject) -> Result:
         return failed("modules outside the model", expected, diagnosis, "nn.ModuleList, or nn.ModuleDict")
     if plain := plain_tensors(model):
         diagnosis = f"{listed(plain)} are plain tensors: neither trained, nor moved to a device, nor saved"
-        return warned(
-            "tensors that are no parameters", expected, diagnosis, "nn.Parameter(...), or register_buffer(...)"
-        )
+        fix = "nn.Parameter(...), or register_buffer(...)"
+        return warned("tensors that are no parameters", expected, diagnosis, fix)
     if is_ours(subject):
         formula = expected_parameters(config, subject.run.vocab_size)
         if total != formula:
@@ -163,9 +162,8 @@ def initial_weights(subject: Subject) -> Result:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     if matrices and not any(bool(p.any()) for p in matrices):
         diagnosis = "all matrices start at zero: every gradient is zero, and stays so"
-        return failed(
-            "all zero", "random weights", diagnosis, "normal(0, 0.02) for the embedding and the inner matrices"
-        )
+        fix = "normal(0, 0.02) for the embedding and the inner matrices"
+        return failed("all zero", "random weights", diagnosis, fix)
     growth = stream_growth(subject)
     if growth > 30:
         diagnosis = f"the residual stream is {growth:.0f} times larger after the last block than after the first"

@@ -83,6 +83,10 @@ def residual_stream(subject: Subject) -> Result:
         changed[:, at] = (changed[:, at] + vocabulary // 2) % vocabulary
         return float((logits_of(subject.fresh, changed).float()[:, -1] - base).norm())
 
+    if lone := without_residual(subject):
+        diagnosis = f"what {lone} gives has nothing of what it gets: deep models hardly learn so"
+        fix = "is a residual connection missing? x = x + block(norm(x))"
+        return warned(f"{lone} replaces its input", "adds to it", diagnosis, fix)
     own, other = moved(T - 1), max(moved(at) for at in (T - 2, T // 2, 0))
     if own == other == 0:
         return skipped("the output starts at zero")
@@ -111,6 +115,30 @@ def attention_scale(subject: Subject) -> Result:
         diagnosis = f"queries times keys spread by {spread:.2f}: the scale is missing, or is not that of a head"
         return warned(measured, expected, diagnosis, "divide the scores by the square root of the head size")
     return passed(measured, expected)
+
+
+def without_residual(subject: Subject) -> str:
+    """The name of a block, of several alike, whose output does not point where its input does; '' for none."""
+    stacks = [m for m in subject.fresh.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
+    stacks = [stack for stack in stacks if len({type(block) for block in stack}) == 1]
+    names = {id(m): name for name, m in subject.fresh.named_modules()}
+    found: dict[str, float] = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if args and isinstance(output, Tensor) and isinstance(args[0], Tensor) and output.shape == args[0].shape:
+            x, y = args[0].float().flatten(), output.float().flatten()
+            found[names[id(module)]] = float(nn.functional.cosine_similarity(x, y, dim=0))
+
+    handles = [
+        block.register_forward_hook(note)
+        for stack in stacks
+        for block in stack
+        if sum(isinstance(m, nn.Linear) for m in block.modules()) > 2  # a block, not a layer of one
+    ]
+    logits_of(subject.fresh, subject.tensor(subject.batch[0]))
+    for handle in handles:
+        handle.remove()
+    return next((name for name, cosine in found.items() if cosine < 0.3), "")
 
 
 class Scores(TorchDispatchMode):

@@ -30,7 +30,8 @@ from tinyllm.optim import build_optimizers
 from tinyllm.sanity.measure import Cost, measure
 
 ROWS = 4  # sequences in the batch of a check: few are enough, but rows must be able to mix
-TOKENS = 128  # its length, at most
+TOKENS = 16, 128  # its length, at least and at most
+BATCH_FLOPS = 1e10  # that a step on it may take; a large model gets a short batch
 
 
 class Subject:
@@ -85,7 +86,11 @@ class Subject:
     @cached_property
     def batch(self) -> tuple[np.ndarray, np.ndarray]:
         """A small real batch, read from the training file: inputs and targets, each (ROWS, T), int64."""
-        return self.windows("train", ROWS, min(self.run.config.model.block_size, TOKENS))
+        weights = sum(p.numel() for p in self.fresh.parameters())
+        affordable = int(BATCH_FLOPS / (6 * weights * ROWS))
+        return self.windows(
+            "train", ROWS, min(self.run.config.model.block_size, max(TOKENS[0], min(affordable, TOKENS[1])))
+        )
 
     def windows(self, split: str, rows: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Evenly spread windows of a token file: inputs and targets, each (rows, size), int64."""

@@ -106,13 +106,8 @@ def short_run(subject: Subject) -> Result:
         return warned(measured, f"not far below {bigram:.2f}", diagnosis, "look at mask, targets and overlap", **more)
     if shuffled <= end + 0.01 * abs(unigram - end) and end < 0.98 * unigram:
         diagnosis = f"with its inputs shuffled the model is as good ({shuffled:.2f}): it does not use their order"
-        return failed(
-            measured,
-            f"below {shuffled:.2f}, its loss on shuffled inputs",
-            diagnosis,
-            "look at positions and attention",
-            **more,
-        )
+        fix = "look at positions and attention"
+        return failed(measured, f"below {shuffled:.2f}, its loss on shuffled inputs", diagnosis, fix, **more)
     if end > unigram * 1.02:
         diagnosis = f"after {len(losses)} short steps still above what counting tokens gives"
         if learned < 0.5 * hoped and max(losses[len(losses) // 2 :]) > losses[0]:
