@@ -232,7 +232,7 @@ BUGS = [
     bug(
         "a tanh at the end",
         "logits between -1 and 1: never sure of anything",
-        "overfit one batch",
+        ("output", "overfit one batch"),
         ("return self.head(x)", "return torch.tanh(self.head(x))"),
     ),
     bug(

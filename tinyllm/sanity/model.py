@@ -14,7 +14,7 @@ from tinyllm.engine import new_state
 from tinyllm.model import GPT
 from tinyllm.sanity.reference import expected_parameters
 from tinyllm.sanity.result import Result, failed, listed, passed, warned
-from tinyllm.sanity.subject import Subject, cross_entropy, logits_of
+from tinyllm.sanity.subject import ROWS, Subject, cross_entropy, logits_of
 
 INITIAL_LOSS_TOLERANCE = 0.15  # nats; healthy GPTs were 0.02 off the prediction at 0.8 M parameters, 0.03 at 124 M
 STD = 0.02  # GPT-2's initialization
@@ -164,6 +164,11 @@ def initial_weights(subject: Subject) -> Result:
         diagnosis = "all matrices start at zero: every gradient is zero, and stays so"
         fix = "normal(0, 0.02) for the embedding and the inner matrices"
         return failed("all zero", "random weights", diagnosis, fix)
+    if even := [
+        n for n, p in model.named_parameters() if p.dim() >= 2 and p.any() and bool((p == p.flatten()[0]).all())
+    ]:
+        diagnosis = f"all values of {listed(even)} are equal: the units of a layer would stay copies of each other"
+        return failed(f"{len(even)} matrices of one value", "random weights", diagnosis, "normal(0, 0.02)")
     growth = stream_growth(subject)
     if growth > 30:
         diagnosis = f"the residual stream is {growth:.0f} times larger after the last block than after the first"
@@ -221,6 +226,13 @@ def output(subject: Subject) -> Result:
     if bool((logits >= 0).all()):
         diagnosis = "no logit is ever negative: an activation after the head"
         return failed("logits of 0 and more", "any numbers", diagnosis, "return what the head gives")
+    most = float(logits.max())
+    if int((logits == most).sum()) > 2 * ROWS:
+        diagnosis = f"many logits are exactly {most:.3g}: they are cut off there, and get no gradient beyond"
+        return failed(f"logits up to {most:.3g} only", "any numbers", diagnosis, "no clamp on the logits")
+    if 0.9 < float(logits.abs().max()) <= 1:
+        diagnosis = "no logit leaves the range from -1 to 1: the model can never be sure of anything"
+        return failed("logits from -1 to 1", "any numbers", diagnosis, "no tanh after the head, and no cosine")
     if torch.allclose(logits.logsumexp(-1), torch.zeros_like(total), atol=1e-3):
         diagnosis = "the model ends with a log-softmax; the loss takes it again, which is only waste"
         return warned("log-probabilities", "logits", diagnosis, "return the values before the softmax")

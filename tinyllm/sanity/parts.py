@@ -156,6 +156,7 @@ class Scores(TorchDispatchMode):
             self.width = args[0].shape[-1]
         if name == "_softmax" and args[0].dim() >= 3 and args[0].shape[-1] == args[0].shape[-2] and self.width:
             scores = args[0].float()
-            visible = scores[scores.isfinite() & (scores > -1e4)]
+            seen = torch.ones_like(scores, dtype=torch.bool).tril() & scores.isfinite()
+            visible = scores[seen]
             self.spreads.append((float(visible.std()), self.width))
         return out

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -148,22 +149,31 @@ def causal_mask(subject: Subject) -> Result:
 
 
 def context(subject: Subject) -> Result:
-    """Every earlier token reaches the last logits, a token its own, and their order matters."""
-    size, vocabulary = subject.run.config.model.block_size, subject.run.vocab_size
-    T = min(size, 256)
-    tokens = subject.tensor(subject.windows("train", 1, T)[0])
-    base = logits_of(subject.woken, tokens).float()
-    expected = f"all {T} tokens of the window, and their order"
-
-    def moved(changed: Tensor) -> float:
-        return relative((logits_of(subject.woken, changed).float() - base)[:, -1], base)
-
-    if T < 3 or vocabulary < 3:
+    """Every earlier token reaches the last logits, a token its own, none is taken for another, and order matters."""
+    T = min(subject.run.config.model.block_size, 256)
+    if T < 3 or subject.run.vocab_size < 3:
         return skipped("a context of one or two tokens")
+    tokens = subject.tensor(subject.windows("train", 1, T)[0])
+    return (
+        unseen(subject, tokens)
+        or misplaced(subject, tokens)
+        or passed(f"all {T} tokens are seen, in their order", "the whole window")
+    )
+
+
+def moved(subject: Subject, tokens: Tensor, changed: Tensor) -> float:
+    """How far the last logits move with the tokens, as a share of the logits' size."""
+    base = logits_of(subject.woken, tokens).float()
+    return relative((logits_of(subject.woken, changed).float() - base)[:, -1], base)
+
+
+def unseen(subject: Subject, tokens: Tensor) -> Result | None:
+    """A failure if a token has no influence, or two have the same; a warning if only those far back have none."""
+    T, vocabulary, expected = tokens.shape[1], subject.run.vocab_size, "the whole window"
     for at in (T - 1, T - 2, T // 2, 0):
         changed = tokens.clone()
         changed[:, at] = (changed[:, at] + vocabulary // 2) % vocabulary
-        if moved(changed) > 1e-6:
+        if moved(subject, tokens, changed) > 1e-6:
             continue
         diagnosis = f"the token {T - 1 - at} places back has no influence on the prediction"
         if at == T - 1:
@@ -174,22 +184,34 @@ def context(subject: Subject) -> Result:
             return failed("no earlier token is seen", expected, diagnosis, fix)
         fix = "a sliding window on purpose? else a mask that hides too much"
         return warned(f"sees less than {T - at} tokens back", expected, diagnosis, fix)
-    if twice := read_by_token(subject, tokens):
+    ids = subject.tensor(np.linspace(0, vocabulary - 1, min(vocabulary, 512)).astype(np.int64)[:, None])
+    apart = len(logits_of(subject.woken, ids).flatten(1).unique(dim=0))
+    if apart < len(ids):
+        diagnosis = (
+            f"of {len(ids)} tokens, each alone, the model tells only {apart} apart: ids that are cut or wrapped?"
+        )
+        fix = "give the ids to the embedding as they are"
+        return failed(f"{apart} of {len(ids)} tokens differ", "all", diagnosis, fix)
+    return None
+
+
+def misplaced(subject: Subject, tokens: Tensor) -> Result | None:
+    """A failure (or a warning) if places in the text do not count, or tokens are taken for them."""
+    vocabulary, fix = subject.run.vocab_size, "torch.arange(T) for the positions"
+    if len(twice := read_by_token(subject, tokens)) > 1:
         diagnosis = f"{listed(twice)} are all looked up by the token: is one of them for positions?"
-        return warned("several tables read by the token", expected, diagnosis, "torch.arange(T) for the positions")
+        return warned("several tables read by the token", "one", diagnosis, fix)
     if fixed := one_row(subject, tokens):
         diagnosis = f"{fixed} has a row for each position and is always read at the same: positions do not count"
-        return failed(f"{fixed}: one row", expected, diagnosis, "torch.arange(T) for the positions")
-    changed = tokens.clone()
-    # Two different tokens, so that there is an order.
-    changed[:, 0], tokens_1 = (tokens[:, 1] + 1) % vocabulary, tokens[:, 1]
-    swapped = changed.clone()
-    swapped[:, 0], swapped[:, 1] = tokens_1, changed[:, 0]
-    difference = logits_of(subject.woken, changed).float()[:, -1] - logits_of(subject.woken, swapped).float()[:, -1]
-    if relative(difference, base) < 1e-6:
+        return failed(f"{fixed}: one row", "a row a position", diagnosis, fix)
+    # Two different tokens at the start, so that there is an order.
+    one, other = tokens.clone(), tokens.clone()
+    one[:, 0] = (tokens[:, 1] + 1) % vocabulary
+    other[:, 0], other[:, 1] = tokens[:, 1], one[:, 0]
+    if moved(subject, one, other) < 1e-6:
         diagnosis = "swapping two earlier tokens changes nothing: to the model a text is a bag of words"
-        return failed("order does not matter", expected, diagnosis, "add positions: learned, rotary or other")
-    return passed(f"all {T} tokens are seen, in their order", expected)
+        return failed("order does not matter", "it does", diagnosis, "add positions: learned, rotary or other")
+    return None
 
 
 def lookups(subject: Subject, tokens: Tensor) -> dict[str, Tensor]:
@@ -207,9 +229,8 @@ def lookups(subject: Subject, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def read_by_token(subject: Subject, tokens: Tensor) -> list[str]:
-    """Names of embeddings that are read at the tokens' ids, if there are several."""
-    names = [name for name, ids in lookups(subject, tokens).items() if torch.equal(ids, tokens)]
-    return names if len(names) > 1 else []
+    """Names of the embeddings that are read at the tokens' ids."""
+    return [name for name, ids in lookups(subject, tokens).items() if torch.equal(ids, tokens)]
 
 
 def one_row(subject: Subject, tokens: Tensor) -> str:

@@ -12,6 +12,7 @@ written out in float64, the schedule and AdamW are closed forms.
 
 import copy
 import itertools
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -170,6 +171,8 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """Logits (B, T, V) without autograd. Whatever the model draws, it draws the same each time."""
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
+        random.seed(0)  # `sanity` gives these two their states back
+        np.random.seed(0)
         return model(tokens)
 
 
