@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections import Counter
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,10 +47,13 @@ def parameters(subject: Subject) -> Result:
             if abs(total - formula) == subject.run.vocab_size * config.n_embd:
                 diagnosis += f"; the head is {'un' if total > formula else ''}tied"
             return failed(measured, f"{formula:,}", diagnosis, "build what [model] says")
-    if twins := [f"{a} and {b}" for a, b in equal_tensors(model)]:
-        diagnosis = f"start with the same values and are not shared: {listed(twins)}"
+    if twins := list(equal_tensors(model)):
+        pairs = listed([f"{a} and {b}" for a, b in twins])
+        diagnosis = f"start with the same values and are not shared: {pairs}"
         fix = "share them (one tensor), or draw each from the generator on its own"
-        return failed("tensors are copies of each other", expected, diagnosis, fix)
+        # As in torch's nn.TransformerEncoder, which copies one layer: not good, but they do part as they learn.
+        cloned = not is_ours(subject) and all(re.sub(r"\d+", "", a) == re.sub(r"\d+", "", b) for a, b in twins)
+        return (warned if cloned else failed)("tensors are copies of each other", expected, diagnosis, fix)
     return passed(measured, expected, values={"parameters": total})
 
 
@@ -94,28 +97,17 @@ def equal_tensors(model: nn.Module) -> Iterator[tuple[str, str]]:
 def layers(subject: Subject) -> Result:
     """Each block runs once in a forward pass, and no two are one and the same."""
     model, config = subject.fresh, subject.run.config.model
-    stacks = {name: list(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
-    stacks = {
-        name: blocks for name, blocks in stacks.items() if len(blocks) > 1 and len({type(b) for b in blocks}) == 1
-    }
-    calls: Counter[int] = Counter()
-    handles = [
-        block.register_forward_hook(lambda module, *_: calls.update([id(module)]))
-        for block in {id(b): b for blocks in stacks.values() for b in blocks}.values()
-    ]
-    logits_of(model, subject.tensor(subject.batch[0]))
-    for handle in handles:
-        handle.remove()
+    stacks = {name: blocks for name, blocks in stacks_of(model).items() if any(list(b.parameters()) for b in blocks)}
+    shapes = shapes_of_calls(subject, [block for blocks in stacks.values() for block in blocks])
     expected = "each block once"
     for name, blocks in stacks.items():
-        if not any(p.numel() for block in blocks for p in block.parameters()):
-            continue
         if len({id(block) for block in blocks}) < len(blocks):
             diagnosis = f"some entries of {name} are the same module: they share their weights"
             fix = "build each block anew: [Block(...) for _ in range(n)], not [Block(...)] * n"
             return failed(f"{name} repeats a module", expected, diagnosis, fix)
-        times = [calls[id(block)] for block in blocks]
-        if not any(times):  # called by another way than the module itself, as a user's own model may
+        times = [len(shapes[id(block)]) for block in blocks]
+        routed = len({shape for block in blocks for shape in shapes[id(block)]}) > 1  # experts get what is sent to them
+        if not any(times) or routed:  # or they are called by another way than the module itself
             continue
         if len(set(times)) > 1 or (is_ours(subject) and set(times) != {1}):
             wrong = [f"{name}.{i} runs {n} times" for i, n in enumerate(times) if n != 1]
@@ -129,6 +121,26 @@ def layers(subject: Subject) -> Result:
         diagnosis = f"the model has {len(model.blocks)} blocks, model.n_layer = {config.n_layer}"
         return failed(f"{len(model.blocks)} blocks", f"{config.n_layer}", diagnosis, "build n_layer blocks")
     return passed(f"{count} blocks, each once" if count else "no stack of blocks to count", expected)
+
+
+def stacks_of(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Lists of several modules of one kind, by name: the blocks of a transformer, mostly."""
+    lists = {name: list(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
+    return {name: blocks for name, blocks in lists.items() if len(blocks) > 1 and len({type(b) for b in blocks}) == 1}
+
+
+def shapes_of_calls(subject: Subject, modules: list[nn.Module]) -> dict[int, list[tuple[int, ...]]]:
+    """The shapes that each module gets in a forward pass, a shape a call, by the module's id."""
+    shapes: dict[int, list[tuple[int, ...]]] = {id(m): [] for m in modules}
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        shapes[id(module)].append(tuple(args[0].shape) if args and isinstance(args[0], Tensor) else ())
+
+    handles = [m.register_forward_pre_hook(note) for m in {id(m): m for m in modules}.values()]
+    logits_of(subject.fresh, subject.tensor(subject.batch[0]))
+    for handle in handles:
+        handle.remove()
+    return shapes
 
 
 def initial_weights(subject: Subject) -> Result:
@@ -267,14 +279,19 @@ def initial_loss(subject: Subject) -> Result:
     uniform = math.log(run.vocab_size)
     if is_ours(subject):
         spread = 0.0 if config.zero_init and not config.tie_embeddings else config.n_embd * STD**2
+    tolerance = INITIAL_LOSS_TOLERANCE
+    if not is_ours(subject):
+        tolerance += spread**0.5  # logits that are alike at all places meet the frequent tokens by chance, or miss them
+    if run.vocab_size < 16:
+        tolerance += 0.35  # a token's own logit, which a tied head prefers, is much of so few
     measured = f"{loss:.3f}"
-    expected = f"{uniform + spread / 2:.3f} ± {INITIAL_LOSS_TOLERANCE} (ln {run.vocab_size:,} = {uniform:.3f})"
+    expected = f"{uniform + spread / 2:.3f} ± {tolerance:.2g} (ln {run.vocab_size:,} = {uniform:.3f})"
     values = {"loss": loss, "predicted": uniform + spread / 2, "ln_vocab_size": uniform}
     if not is_ours(subject) and spread > 2:
         diagnosis = f"the logits of a fresh model spread by {spread**0.5:.1f}: it is sure of what it cannot know"
         fix = "smaller weights at the start (GPT-2: normal with a spread of 0.02), the embedding's too if it is tied"
         return failed(measured, f"near {uniform:.3f}", diagnosis, fix, values=values)
-    if abs(loss - uniform - spread / 2) < INITIAL_LOSS_TOLERANCE:
+    if abs(loss - uniform - spread / 2) < tolerance:
         return passed(measured, expected, values=values)
     diagnosis = f"a model that knows nothing has a loss near ln {run.vocab_size:,}; this one is "
     if loss > uniform:

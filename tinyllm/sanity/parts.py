@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinyllm.sanity.model import is_ours, relative
+from tinyllm.sanity.model import is_ours, relative, stacks_of
 from tinyllm.sanity.reference import reference_logits
 from tinyllm.sanity.result import Result, failed, passed, skipped, warned
 from tinyllm.sanity.subject import Subject, logits_of
@@ -87,6 +87,8 @@ def residual_stream(subject: Subject) -> Result:
         diagnosis = f"what {lone} gives has nothing of what it gets: deep models hardly learn so"
         fix = "is a residual connection missing? x = x + block(norm(x))"
         return warned(f"{lone} replaces its input", "adds to it", diagnosis, fix)
+    if not stacks_of(subject.fresh):
+        return skipped("no stack of blocks")
     own, other = moved(T - 1), max(moved(at) for at in (T - 2, T // 2, 0))
     if own == other == 0:
         return skipped("the output starts at zero")
@@ -119,8 +121,6 @@ def attention_scale(subject: Subject) -> Result:
 
 def without_residual(subject: Subject) -> str:
     """The name of a block, of several alike, whose output does not point where its input does; '' for none."""
-    stacks = [m for m in subject.fresh.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
-    stacks = [stack for stack in stacks if len({type(block) for block in stack}) == 1]
     names = {id(m): name for name, m in subject.fresh.named_modules()}
     found: dict[str, float] = {}
 
@@ -131,7 +131,7 @@ def without_residual(subject: Subject) -> str:
 
     handles = [
         block.register_forward_hook(note)
-        for stack in stacks
+        for stack in stacks_of(subject.fresh).values()
         for block in stack
         if sum(isinstance(m, nn.Linear) for m in block.modules()) > 2  # a block, not a layer of one
     ]

@@ -6,6 +6,7 @@ gradients of their own.
 
 import copy
 import math
+import re
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -17,13 +18,14 @@ from tinyllm.data import IGNORED
 from tinyllm.engine import Run, TrainState, train_step
 from tinyllm.errors import RunError
 from tinyllm.optim import all_groups
-from tinyllm.sanity.result import Result, failed, listed, passed, skipped
+from tinyllm.sanity.result import Result, failed, listed, passed, skipped, warned
 from tinyllm.sanity.subject import (
     ROWS,
     Subject,
     Update,
     cross_entropy,
     joined,
+    logits_of,
     reference_gradients,
     variant,
     watched,
@@ -107,19 +109,24 @@ def unreached(
 ) -> Result | None:
     """A failure if something is used and not trained."""
     expected = "each tensor has a gradient"
+    ran = names_of_called(model, inputs)
     if strangers := unregistered(model, inputs, targets):
         shapes = listed([str(tuple(t.shape)) for t in strangers])
         diagnosis = f"tensors of shape {shapes} are used but are no parameters: neither trained nor saved"
         fix = "nn.Parameter for a tensor, nn.ModuleList for a list of modules"
         return failed(f"{len(strangers)} tensors that nobody trains", expected, diagnosis, fix)
     if dead := [name for name, g in gradients.items() if not bool(g.any())]:
+        if all(name.rpartition(".")[0] not in ran and has_live_sibling(name, gradients) for name in dead):
+            diagnosis = f"{listed(dead)} were not used on these few tokens: experts that nothing was sent to?"
+            fix = "see that each of them gets tokens in a longer run"
+            return warned(f"{len(dead)} tensors without gradient", expected, diagnosis, fix)
         diagnosis = f"no gradient reaches {listed(dead)}: unused, or behind a detach()"
         fix = "use them in forward, without .data or detach()"
         return failed(f"{len(dead)} tensors without gradient", expected, diagnosis, fix)
     if bad := [name for name, g in gradients.items() if not bool(g.isfinite().all())]:
         diagnosis, fix = "the gradient overflows or divides by zero", "look there for x / 0, sqrt(0), log(0)"
         return failed(f"not finite: {listed(bad)}", expected, diagnosis, fix)
-    if half := half_used(model, gradients):
+    if inputs.shape[1] > 2 and (half := half_used(model, gradients)):
         name, share, side = half
         diagnosis = (
             f"{share:.0%} of the {side} of {name} are never used: queries, keys and values confused, or cut off?"
@@ -132,6 +139,24 @@ def unreached(
             diagnosis = f"{name} has padding_idx = {padding}, but that is a real token here: its row is never trained"
             return failed(f"{name}[{padding}] stands still", expected, diagnosis, "leave padding_idx out")
     return None
+
+
+def names_of_called(model: nn.Module, inputs: Tensor) -> set[str]:
+    """Names of the modules that run in a forward pass."""
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, module in model.named_modules()
+    ]
+    logits_of(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return called
+
+
+def has_live_sibling(name: str, gradients: dict[str, Tensor]) -> bool:
+    """Whether another tensor, of a module beside this one's in a list, has a gradient."""
+    return any(re.sub(r"\d+", "", n) == re.sub(r"\d+", "", name) and bool(g.any()) for n, g in gradients.items())
 
 
 def half_used(model: nn.Module, gradients: dict[str, Tensor]) -> tuple[str, float, str] | None:
@@ -272,12 +297,43 @@ def gradient(subject: Subject) -> Result:
         elif apart(found / ratio, right) < 0.01:
             diagnosis = f"the gradient is {ratio:.4g} times that of the mean cross-entropy of the batch"
             fix = "average the loss over all tokens, and scale it by nothing else"
+        elif other := trained_on(subject, found):
+            diagnosis, fix = (
+                f"the step trains on {other}",
+                "train on every target of the batch, as it comes from the source",
+            )
         return failed(measured, expected, diagnosis, fix, values={"relative_error": error, "ratio": ratio})
     if not math.isclose(report.loss, loss_before, rel_tol=1e-3):
         diagnosis = "the loss that is shown is not the mean cross-entropy of the batch before the update"
         fix = "report the loss that is trained on"
         return failed(f"reports {report.loss:.4f}", f"{loss_before:.4f}", diagnosis, fix)
     return passed(measured, expected, values={"relative_error": error})
+
+
+def trained_on(subject: Subject, found: Tensor) -> str:
+    """The loss that has this gradient, of those that people take by mistake; '' if it is none of them."""
+    state = subject.state(plain(subject), woken=True)
+    inputs, targets = (subject.tensor(a) for a in subject.batch)
+    logits = state.model.train()(inputs)
+    flat = logits.flatten(0, 1), targets.flatten()
+    losses = {
+        "targets shifted once more": cross_entropy(logits[:, :-1], targets[:, 1:]),
+        "the inputs themselves: it learns to copy": cross_entropy(logits, inputs),
+        "the last position alone": cross_entropy(logits[:, -1:], targets[:, -1:]),
+        "all positions but the first": cross_entropy(logits[:, 1:], targets[:, 1:]),
+        "all positions but the last": cross_entropy(logits[:, :-1], targets[:, :-1]),
+        "smoothed targets": nn.functional.cross_entropy(*flat, label_smoothing=0.1),
+        "a softmax of the softmax": cross_entropy(logits.softmax(-1), targets),
+    }
+    named = dict(state.model.named_parameters())
+    held = [name for group in all_groups(state.optimizers) for name in group["names"]]
+    for words, loss in losses.items():
+        gradients = torch.autograd.grad(loss, [named[n] for n in held], retain_graph=True, allow_unused=True)
+        both = zip(held, gradients, strict=True)
+        own = joined({n: torch.zeros_like(named[n]) if g is None else g for n, g in both})
+        if apart(found, own) < 0.02:
+            return words
+    return ""
 
 
 def accumulation(subject: Subject) -> Result:
