@@ -404,7 +404,7 @@ def script(home):
 @posix
 @pytest.mark.parametrize("options", ["", "--json"])
 def test_a_reader_that_leaves_is_no_error(script, options):
-    command = f"{' '.join(script('GOOD * 40'))} sanity {options} | head -c 9; exit ${{PIPESTATUS[0]}}"
+    command = f"{' '.join(script('GOOD * 400'))} sanity {options} | head -c 9; exit ${{PIPESTATUS[0]}}"
     found = subprocess.run(["bash", "-c", command], capture_output=True)
     assert found.returncode == 128 + 13
     assert len(found.stdout) == 9

@@ -108,7 +108,7 @@ class Speaker:
         self.device, _ = choose_device(device)
         self.tokenizer = tok.from_json(checkpoint.tokenizer)
         model, vocab_size = self.config.model, checkpoint.vocab_size
-        self.model = custom.build(model, vocab_size, seed=0) if model.class_ else GPT(model, vocab_size)
+        self.model = custom.build(model, vocab_size, self.config.train.seed) if model.class_ else GPT(model, vocab_size)
         load_weights(self.model, checkpoint.model)
         self.model.to(self.device)
         if model.class_:

@@ -64,6 +64,18 @@ def shuffled_tokens(folder: Path) -> None:
     rewrite(folder / "train.bin", lambda ids: np.random.default_rng(0).permutation(ids))
 
 
+def shuffled_validation(folder: Path) -> None:
+    rewrite(folder / "val.bin", lambda ids: np.random.default_rng(0).permutation(ids))
+
+
+def shuffled_later(folder: Path) -> None:
+    def later(ids):
+        half = len(ids) // 2
+        return np.concatenate([ids[:half], np.random.default_rng(0).permutation(ids[half:])])
+
+    rewrite(folder / "train.bin", later)
+
+
 def other_ids(folder: Path) -> None:
     """Put the vocabulary of tokenizer.json into another order."""
     made = json.loads((folder / "tokenizer.json").read_text())
@@ -139,6 +151,18 @@ BUGS = [
         "rng.shuffle(ids)",
         ("tokenizer", "splits alike"),
         damage=shuffled_tokens,
+    ),
+    bug(
+        "validation tokens shuffled",
+        "a script of one's own for the second split",
+        "as prepared",
+        damage=shuffled_validation,
+    ),
+    bug(
+        "the second half of the tokens shuffled",
+        "damaged from the middle on",
+        "as prepared",
+        damage=shuffled_later,
     ),
     bug(
         "tokenizer replaced",

@@ -20,6 +20,7 @@ and all random generators are left as they were, so a run that follows is the ru
 
 import difflib
 import random
+import re
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ import torch
 from tinyllm.engine import Run
 from tinyllm.errors import ConfigError, TinyLLMError, is_out_of_memory
 from tinyllm.sanity import config, cost, data, evaluation, loop, model, optimizer, parts, sight, step, trainings
-from tinyllm.sanity.result import Check, Result, Verdict, failed
+from tinyllm.sanity.result import Check, Result, Verdict, failed, skipped
 from tinyllm.sanity.subject import Subject
 
 __all__ = ["CHECKS", "Check", "Result", "Verdict", "sanity", "select"]
@@ -45,6 +46,7 @@ CHECKS: tuple[Check, ...] = (
     Check("overlap", "validation text inside the training text", data.overlap),
     Check("repetition", "a training text that repeats itself", data.repetition),
     Check("splits alike", "sorted text: validation is of another kind", data.splits_alike),
+    Check("as prepared", "token files that were damaged or replaced", data.as_prepared),
     Check("batches", "targets not shifted, shifted twice, no shuffling, repeated or foreign windows", data.batches),
     Check(
         "learning rate",
@@ -117,11 +119,15 @@ def select(only: Sequence[str] = (), skip: Sequence[str] = (), quick: bool = Fal
 
 def sanity(run: Run, checks: Iterable[Check] = CHECKS) -> Iterator[Result]:
     """Perform the checks in turn."""
-    subject = Subject(run)
+    subject, seen = Subject(run), {}
     for check in checks:
         started = time.perf_counter()
         with undisturbed():
             result = perform(check, subject)
+        # One mistake can stop many checks; it is told once.
+        cause = seen.setdefault((result.measured, result.diagnosis), check.name)
+        if result.stopped and cause != check.name:
+            result = skipped(f"stopped by what stopped `{cause}`")
         # outside, so that whoever reads the results draws from their own state
         yield replace(result, name=check.name, seconds=time.perf_counter() - started)
 
@@ -143,11 +149,13 @@ def perform(check: Check, subject: Subject) -> Result:
     try:
         return check.function(subject)
     except TinyLLMError as error:
-        return failed(error.what, "no error", "this stopped the check", error.fix)
+        return failed(
+            re.sub(r"step \d+", "a step", error.what), "no error", "this stopped the check", error.fix, stopped=True
+        )
     except Exception as error:
         if is_out_of_memory(error):  # the next check would not have more of it
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:200]
         where = f"raised at {place.filename}, line {place.lineno}"
-        return failed(what, "no error", where, "mend that line, then check again")
+        return failed(what, "no error", where, "mend that line, then check again", stopped=True)

@@ -82,7 +82,7 @@ def verdict_on_curve(curve: list[tuple[float, float]], config: RunConfig) -> Res
         diagnosis = f"step {off[0][0]:,.0f} gets {off[0][1]:.3e}; the {config.schedule.kind} schedule says "
         diagnosis += f"{lr * closed_form(int(off[0][0]), config):.3e}"
         return failed(measured, expected, diagnosis, see, **more)
-    if falls and rates[-1] > lowest + 0.1 * lr:
+    if falls and config.decay_steps > config.train.max_steps and rates[-1] > lowest + 0.1 * lr:
         diagnosis = "the decay ends after the run: the last steps, which settle the loss, are taken at a high rate"
         return warned(measured, expected, diagnosis, "set schedule.decay_steps = 0, or to train.max_steps", **more)
     return passed(measured, expected, **more)
@@ -145,6 +145,11 @@ def settings(subject: Subject) -> Result:
         f"model.dropout = {model.dropout:g}, 0 to 0.3 are usual": max(model.dropout, model.attn_dropout) > 0.5,
         f"steps of {config.tokens_per_step:,} tokens are very noisy": config.tokens_per_step < 128,
         f"train.max_steps = {train.max_steps:,} is hardly a run": train.max_steps < 10,
+        f"schedule.decay_steps = {config.decay_steps:,} leaves most of the run at the minimum": (
+            config.schedule.kind != "constant" and config.decay_steps < 0.5 * train.max_steps
+        ),
+        f"train.eval_windows = {train.eval_windows} make a noisy validation loss": 0 < train.eval_windows < 10,
+        f"train.eval_interval = {train.eval_interval:,} is beyond the last step": train.eval_interval > train.max_steps,
         f"heads of {model.n_embd // model.n_head} channels, 32 to 128 are usual": (
             not model.class_ and model.n_embd // model.n_head < 4
         ),

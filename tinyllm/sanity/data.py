@@ -6,17 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllm.baselines import WINDOW, compare, window_hashes
+from tinyllm.baselines import WINDOW, window_hashes
 from tinyllm.data import BatchSource, read_header
 from tinyllm.errors import DataError
-from tinyllm.sanity.result import Result, failed, passed, warned
-from tinyllm.sanity.subject import Subject
+from tinyllm.sanity.result import Result, failed, passed, skipped, warned
+from tinyllm.sanity.subject import COMPARED, Subject
 from tinyllm.sources import inputs, pieces
 from tinyllm.tokenizer import KINDS, decode, encode, end_of_text, from_json, token_bytes
 
 PREPARE = "`tinyllm prepare run.toml --force` makes the files anew"
 SLICE = 4000  # tokens that are decoded and read beside the source
-COMPARED = 1 << 24  # tokens of the training split that the validation split is looked for in
 SEARCHED = 1 << 28  # bytes of a token file in which windows are looked for by the dozen; in larger ones a few
 
 
@@ -152,13 +151,10 @@ def split_sizes(subject: Subject) -> Result:
 
 def overlap(subject: Subject) -> Result:
     """The validation split is not in the training split, or its loss would only measure memory."""
-    train, val = subject.tokens["train"], subject.tokens["val"]
-    part = train[:COMPARED] if len(train) > COMPARED else train
-    *_, found = compare(part, val[:COMPARED], max(len(counts) for counts in subject.counts.values()))
-    share = found.overlap
+    share = subject.comparison.overlap
     # Stories from a grammar have sentences in common; its exact entropy, which is known, accounts for that.
     usual = 0.01 if subject.run.data.entropy is None else 0.1
-    where = "" if part is train else f" of {COMPARED:,} tokens"
+    where = "" if len(subject.tokens["train"]) <= COMPARED else f" of {COMPARED:,} tokens"
     measured, expected = f"{share:.1%} of validation windows{where} are in training", f"at most {usual:.0%}"
     values = {"share": share}
     if share > 0.2:
@@ -169,6 +165,18 @@ def overlap(subject: Subject) -> Result:
         diagnosis = "some validation text is also training text, or the text is made of templates"
         return warned(measured, expected, diagnosis, "remove duplicates from data.source", values=values)
     return passed(measured, expected, values=values)
+
+
+def as_prepared(subject: Subject) -> Result:
+    """What counting pairs of tokens says of the files is what it said when they were made."""
+    if max(len(tokens) for tokens in subject.tokens.values()) > COMPARED:
+        return skipped("the files are too large to count again")
+    found, before = subject.comparison, subject.run.data
+    measured, expected = f"bigrams cost {found.bigram:.4f} nats a token", f"{before.bigram_entropy:.4f}"
+    if abs(found.bigram - before.bigram_entropy) > 1e-6 or abs(found.unigram - before.unigram_entropy) > 1e-6:
+        diagnosis = "the ids of the token files have changed since they were prepared: damaged, shuffled or replaced"
+        return failed(measured, expected, diagnosis, PREPARE)
+    return passed(measured, expected)
 
 
 def splits_alike(subject: Subject) -> Result:
@@ -236,6 +244,11 @@ def repeated(subject: Subject, source: BatchSource, expected: str) -> Result | N
     source.batch_size = 1
     first = [source.batch(step)[0] for step in range(6)]
     whole = (len(subject.tokens["train"]) - 1) // size
+    late = np.concatenate([source.batch(int(step))[0] for step in np.linspace(0, whole - 1, min(whole, 200))])
+    if available > 400 and len(np.unique(late, axis=0)) < 0.6 * len(late):
+        diagnosis = "later steps read again what earlier ones read, within an epoch: the rest waits in vain"
+        measured = f"{len(np.unique(late, axis=0))} different windows of {len(late)} over an epoch"
+        return failed(measured, expected, diagnosis, "each window once an epoch")
     epochs = {whole - 1, whole, whole + 1, len(source.starts) if source.starts is not None else whole}
     for epoch in epochs if available > 50 else ():
         if all(np.array_equal(x, source.batch(s + epoch)[0]) for s, x in enumerate(first)):

@@ -249,6 +249,8 @@ def generation(subject: Subject) -> Result:
     if max(int(ids[0]) for ids in generate(model, [0], greedy, n_tokens=some, block_size=size)) >= some:
         wrong = "it gives ids beyond the tokenizer's, which stand for nothing"
         return failed(wrong, "tokens of the tokenizer", wrong, "cut the logits to the tokenizer's size")
+    if wrong := ended_wrongly(subject, said):
+        return failed(wrong, "samples that differ, and that end", wrong, "look at generate.generate")
     if wrong := beyond_the_context(subject):
         return failed(wrong, "the end of the text so far", wrong, "look at what is read again when the window slides")
     if wrong := cached_wrongly(subject, length):
@@ -256,6 +258,18 @@ def generation(subject: Subject) -> Result:
     if wrong := sampled_wrongly():
         return failed(wrong, "tokens as often as they are likely", wrong, "look at generate.choose")
     return passed(f"twice {count} new tokens, cached as uncached", expected)
+
+
+def ended_wrongly(subject: Subject, said: list[int]) -> str:
+    """What is wrong with several samples, or with the end of a text, in words; '' for nothing."""
+    size, start = subject.run.config.model.block_size, subject.batch[0][1, :1].tolist()
+    steps = generate(subject.woken, start, Sampling(max_new_tokens=16), n_samples=2, block_size=size)
+    if all(one == other for one, other in steps):
+        return "two samples are the same, token by token"
+    row = subject.batch[0][1, : max(1, min(size // 2, 24))].tolist()  # the text after which `said` was said
+    greedy = Sampling(temperature=0, max_new_tokens=4)
+    ended = list(generate(subject.woken, row, greedy, end_token=said[0], block_size=size))
+    return "" if ended == [[None]] else "it goes on after the token that ends a text"
 
 
 def beyond_the_context(subject: Subject) -> str:

@@ -25,6 +25,7 @@ class Result:
     fix: str = ""  # what to do about it, in the user's terms
     values: Mapping[str, Any] = field(default_factory=dict)  # the numbers behind `measured`, for programs
     curve: tuple[tuple[float, float], ...] = ()  # (step, value) of what was measured over steps, for the page
+    stopped: bool = False  # whether an error ended the check before its verdict
     name: str = ""  # of the check; set by `sanity`
     seconds: float = 0.0  # that it took; set by `sanity`
 

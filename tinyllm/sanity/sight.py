@@ -86,8 +86,8 @@ class Rates(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "native_dropout":
             self.found[round(args[1], 6)] += 1
-        if name in ("bernoulli_", "bernoulli") and len(args) > 1:
-            self.found[round(1 - args[1], 6)] += 1
+        if name == "bernoulli_":  # its default is one half
+            self.found[round(1 - (args[1] if len(args) > 1 else 0.5), 6)] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -135,7 +135,8 @@ def causal_mask(subject: Subject) -> Result:
             leak = relative(logits_of(model, changed).float()[:, : t + 1] - base[:, : t + 1], base)
             if not leak < LEAK:
                 diagnosis = f"the logits at position {t} know what comes after it ({mode}): the loss would be near zero"
-                fix = "a causal mask: token t attends to tokens up to t; is_causal=True, or tril(ones(T, T))"
+                fix = "a causal mask: is_causal=True, or tril(ones(T, T)); if it is there: a view without transpose, a "
+                fix += "softmax, norm or mean over time, a convolution padded on both sides, a bidirectional layer"
                 return failed(f"logits change by {leak:.1e} of their size", expected, diagnosis, fix)
             worst = max(worst, (leak, t))
     cut = max(1, T // 2)
@@ -187,7 +188,7 @@ def unseen(subject: Subject, tokens: Tensor) -> Result | None:
         fix = "a sliding window on purpose? else a mask that hides too much"
         return warned(f"sees less than {T - at} tokens back", expected, diagnosis, fix)
     ids = subject.tensor(np.linspace(0, vocabulary - 1, min(vocabulary, 512)).astype(np.int64)[:, None])
-    apart = len(logits_of(subject.woken, ids).flatten(1).unique(dim=0))
+    apart = len(logits_of(subject.woken, ids).flatten(1)[:, :64].unique(dim=0))  # a few logits will differ, if any do
     if apart < len(ids):
         diagnosis = (
             f"of {len(ids)} tokens, each alone, the model tells only {apart} apart: ids that are cut or wrapped?"
@@ -231,8 +232,15 @@ def lookups(subject: Subject, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def read_by_token(subject: Subject, tokens: Tensor) -> list[str]:
-    """Names of the embeddings that are read at the tokens' ids."""
-    return [name for name, ids in lookups(subject, tokens).items() if torch.equal(ids, tokens)]
+    """Names of the embeddings whose row follows from the token, wherever it stands."""
+    found = []
+    for name, ids in lookups(subject, tokens).items():
+        pairs = list(zip(tokens.flatten().tolist(), ids.flatten().tolist(), strict=False))
+        first = dict(reversed(pairs))  # the row at each token's first place
+        by_token = ids.numel() == tokens.numel() and all(first[token] == row for token, row in pairs)
+        if by_token and len(first) < len(pairs) and len(set(first.values())) > 2:
+            found.append(name)
+    return found
 
 
 def one_row(subject: Subject, tokens: Tensor) -> str:

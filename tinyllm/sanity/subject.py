@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinyllm.baselines import Baselines, compare
 from tinyllm.config import RunConfig
 from tinyllm.data import HEADER_SIZE, IGNORED, read_header
 from tinyllm.engine import Run, TrainState, new_state
@@ -32,6 +33,7 @@ from tinyllm.sanity.measure import Cost, measure
 
 ROWS = 4  # sequences in the batch of a check: few are enough, but rows must be able to mix
 TOKENS = 16, 128  # its length, at least and at most
+COMPARED = 1 << 24  # tokens of a split that are compared with the other
 BATCH_FLOPS = 1e10  # that a step on it may take; a large model gets a short batch
 
 
@@ -83,6 +85,14 @@ class Subject:
     def counts(self) -> dict[str, np.ndarray]:
         """How often each id occurs in both files, (highest id + 1,), int64."""
         return {name: occurrences(tokens) for name, tokens in self.tokens.items()}
+
+    @cached_property
+    def comparison(self) -> Baselines:
+        """How hard the validation split is, and how much of it is in training: of the first COMPARED tokens of each."""
+        size = max(len(counts) for counts in self.counts.values())
+        *_, found = compare(self.tokens["train"][:COMPARED], self.tokens["val"][:COMPARED], size)
+        assert isinstance(found, Baselines)
+        return found
 
     @cached_property
     def batch(self) -> tuple[np.ndarray, np.ndarray]:

@@ -96,6 +96,9 @@ def short_run(subject: Subject) -> Result:
     }
     more = {"curve": tuple(enumerate(losses)), "values": values}
     learned, hoped = start - end, max(start - unigram, 1e-9)
+    if math.isfinite(end) and learned < 0.02 * hoped and min(losses[-5:]) < 0.7 * losses[0]:
+        diagnosis = "the training loss falls, that of other windows does not: a text of few or periodic lines?"
+        return warned(measured, expected, diagnosis, "more text, or another model.block_size than its period", **more)
     if not math.isfinite(end) or learned < 0.02 * hoped or end > start:
         rate = subject.run.config.optim.lr
         diagnosis = f"at optim.lr = {rate:g} the model does not learn" + (": the loss rises" if end > start else "")
