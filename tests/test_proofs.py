@@ -27,7 +27,8 @@ def tinyllm(folder: Path, *arguments: str) -> str:
 
 def test_quickstart_comes_within_a_tenth_of_the_entropy(tmp_path: Path):
     config = str(ROOT / "examples/quickstart.toml")
-    assert "6 passed" in tinyllm(tmp_path, "sanity", config)
+    checked = tinyllm(tmp_path, "sanity", config)
+    assert re.search(r"^\d+ passed, \d+ skipped in", checked, re.M), "nothing fails, nothing to look at"
     out = tinyllm(tmp_path, "train", config)
     above = float(re.search(r"this is ([\d.]+)% above", out)[1])
     assert 0 < above < 10
