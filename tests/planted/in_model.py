@@ -202,7 +202,7 @@ BUGS = [
     bug(
         "positions reversed",
         "counted from the end",
-        "formula",
+        ("causal mask", "formula"),
         (
             "model.py",
             "x = x + self.wpe.weight[start : start + T]",

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from tinyllm.engine import new_state
 from tinyllm.model import GPT
 from tinyllm.sanity.reference import expected_parameters
 from tinyllm.sanity.result import Result, failed, listed, passed, warned
-from tinyllm.sanity.subject import ROWS, Subject, cross_entropy, logits_of
+from tinyllm.sanity.subject import ROWS, Subject, cross_entropy, logits_of, unnumbered
 
 INITIAL_LOSS_TOLERANCE = 0.15  # nats; healthy GPTs were 0.02 off the prediction at 0.8 M parameters, 0.03 at 124 M
 STD = 0.02  # GPT-2's initialization
@@ -52,7 +51,7 @@ def parameters(subject: Subject) -> Result:
         diagnosis = f"start with the same values and are not shared: {pairs}"
         fix = "share them (one tensor), or draw each from the generator on its own"
         # As in torch's nn.TransformerEncoder, which copies one layer: not good, but they do part as they learn.
-        cloned = not is_ours(subject) and all(re.sub(r"\d+", "", a) == re.sub(r"\d+", "", b) for a, b in twins)
+        cloned = not is_ours(subject) and all(unnumbered(a) == unnumbered(b) for a, b in twins)
         return (warned if cloned else failed)("tensors are copies of each other", expected, diagnosis, fix)
     return passed(measured, expected, values={"parameters": total})
 

@@ -6,7 +6,6 @@ gradients of their own.
 
 import copy
 import math
-import re
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -27,6 +26,7 @@ from tinyllm.sanity.subject import (
     joined,
     logits_of,
     reference_gradients,
+    unnumbered,
     variant,
     watched,
 )
@@ -156,7 +156,7 @@ def names_of_called(model: nn.Module, inputs: Tensor) -> set[str]:
 
 def has_live_sibling(name: str, gradients: dict[str, Tensor]) -> bool:
     """Whether another tensor, of a module beside this one's in a list, has a gradient."""
-    return any(re.sub(r"\d+", "", n) == re.sub(r"\d+", "", name) and bool(g.any()) for n, g in gradients.items())
+    return any(unnumbered(n) == unnumbered(name) and bool(g.any()) for n, g in gradients.items())
 
 
 def half_used(model: nn.Module, gradients: dict[str, Tensor]) -> tuple[str, float, str] | None:

@@ -258,3 +258,8 @@ def watch(optimizer: torch.optim.Optimizer, model: nn.Module, updates: list[Upda
 def joined(tensors: Mapping[str, Tensor]) -> Tensor:
     """All tensors in one vector, float64, in the order of their names."""
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def unnumbered(name: str) -> str:
+    """A parameter's name without its places in lists: the same for all blocks of a stack."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
