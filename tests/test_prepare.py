@@ -487,3 +487,20 @@ def test_importing_is_cheap():
     code = "import sys, tinyllm.prepare; print([m for m in ('torch', 'pooch', 'requests') if m in sys.modules])"
     env = os.environ | {"PYTHONPATH": str(Path(prep.__file__).parents[1])}
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=env) == "[]\n"
+
+
+def test_two_who_open_the_data_finish_the_move_together(tmp_path, monkeypatch):
+    """Each file is moved by one of them; to the other it is gone."""
+    ready = tmp_path / prep.READY
+    ready.mkdir()
+    for name in prep.FILES:
+        (ready / name).write_text(name)
+    real = os.replace
+
+    def somebody_else_was_faster(source, target):
+        real(source, target)
+        raise FileNotFoundError(2, "No such file or directory", str(source))
+
+    monkeypatch.setattr(prep.os, "replace", somebody_else_was_faster)
+    prep.finish_move(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(prep.FILES)

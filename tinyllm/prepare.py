@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -318,9 +318,10 @@ def finish_move(folder: Path) -> None:
     if not ready.is_dir():
         return
     for name in FILES:
-        if (ready / name).exists():
+        with suppress(FileNotFoundError):  # moved already, before a kill or by somebody else who opens the data now
             os.replace(ready / name, folder / name)
-    ready.rmdir()
+    with suppress(FileNotFoundError):
+        ready.rmdir()
 
 
 def remove_leftovers(folder: Path) -> None:
