@@ -171,7 +171,7 @@ def optimizer_state(run: Run, model: nn.Module) -> tuple[dict[str, dict[str, Ten
     for group in parameter_groups(model, run.config.optim):
         names = ("momentum_buffer",) if group.name == "muon" else ("exp_avg", "exp_avg_sq")
         for name, p in zip(group.names, group.parameters, strict=True):
-            shell = {key: torch.zeros(1, dtype=p.dtype).expand(p.shape) for key in names}
+            shell = {key: torch.zeros((), dtype=p.dtype).expand(p.shape) for key in names}
             state[name] = shell if group.name == "muon" else {"step": torch.zeros(()), **shell}
             size += len(names) * p.numel() * p.element_size()
     return state, size
