@@ -17,11 +17,12 @@ from tinyllm.errors import ConfigError, RunError
 from tinyllm.sanity import CHECKS, Check, select
 from tinyllm.sanity.config import closed_form
 from tinyllm.sanity.data import locate
+from tinyllm.sanity.instruments import cross_entropy, reference_gradients, token_file, variant, wake, watched
 from tinyllm.sanity.model import INITIAL_LOSS_TOLERANCE
 from tinyllm.sanity.optimizer import adamw_error, muon_error
 from tinyllm.sanity.reference import expected_parameters, reference_logits
 from tinyllm.sanity.result import Result, passed
-from tinyllm.sanity.subject import Subject, cross_entropy, reference_gradients, token_file, variant, wake, watched
+from tinyllm.sanity.subject import Subject
 from tinyllm.sanity.trainings import prefix_entropy
 from tinyllm.schedule import factor
 

@@ -218,6 +218,12 @@ def zero_grad(state: TrainState) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
+def eval_rows(run: Run) -> int:
+    """Windows that an evaluation reads in one forward pass."""
+    size = run.config.model.block_size
+    return max(1, min(EVAL_TOKENS // size, EVAL_LOGITS // (size * run.vocab_size)))
+
+
 @torch.no_grad()
 def evaluate(
     run: Run, model: nn.Module, split: str, n_windows: int | None = None, should_stop: Stop = lambda: False
@@ -228,14 +234,12 @@ def evaluate(
     RunError when the loss is not finite.
     """
     n_windows = run.config.train.eval_windows if n_windows is None else n_windows
-    size = run.config.model.block_size
-    rows = max(1, min(EVAL_TOKENS // size, EVAL_LOGITS // (size * run.vocab_size)))
     was_training = model.training
     model.eval()
     nats = torch.zeros((), dtype=torch.float64)
     count = text_bytes = 0
     try:
-        for inputs, targets in run.source.eval_batches(split, n_windows, rows):
+        for inputs, targets in run.source.eval_batches(split, n_windows, eval_rows(run)):
             if should_stop():
                 return None
             with run.runtime.autocast():

@@ -40,8 +40,8 @@ BUGS = [
         "evaluation",
         (
             "engine.py",
-            "run.source.eval_batches(split, n_windows, rows)",
-            'run.source.eval_batches("train", n_windows, rows)',
+            "run.source.eval_batches(split, n_windows, eval_rows(run))",
+            'run.source.eval_batches("train", n_windows, eval_rows(run))',
         ),
     ),
     bug(

@@ -11,7 +11,8 @@ model, step, loop, then short trainings, then what the run will cost. Nothing is
 and all random generators are left as they were, so a run that follows is the run that would have been.
 
     result.py    what a check is, and what it says
-    subject.py   the run under test, and the instruments: watched steps, woken weights, references
+    subject.py   the run under test
+    instruments.py   what the checks measure with: watched steps, recorded calls, woken weights, references
     data.py, config.py, model.py, sight.py, parts.py, step.py, optimizer.py, evaluation.py, loop.py, trainings.py,
     cost.py      the checks, a file a group
     reference.py, measure.py    the built-in GPT once more; a process that does what a run will do
@@ -119,15 +120,11 @@ def select(only: Sequence[str] = (), skip: Sequence[str] = (), quick: bool = Fal
 
 def sanity(run: Run, checks: Iterable[Check] = CHECKS) -> Iterator[Result]:
     """Perform the checks in turn."""
-    subject, seen = Subject(run), {}
+    subject, stopped = Subject(run), {}
     for check in checks:
         started = time.perf_counter()
         with undisturbed():
-            result = perform(check, subject)
-        # One mistake can stop many checks; it is told once.
-        cause = seen.setdefault((result.measured, result.diagnosis), check.name)
-        if result.stopped and cause != check.name:
-            result = skipped(f"stopped by what stopped `{cause}`")
+            result = perform(check, subject, stopped)
         # outside, so that whoever reads the results draws from their own state
         yield replace(result, name=check.name, seconds=time.perf_counter() - started)
 
@@ -144,18 +141,20 @@ def undisturbed() -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def perform(check: Check, subject: Subject) -> Result:
-    """The check's result; that it could not be brought to an end is a failure too."""
+def perform(check: Check, subject: Subject, stopped: dict[tuple[str, str], str]) -> Result:
+    """The check's result. That an error stopped it is a failure too, of the first check that this error `stopped`."""
     try:
         return check.function(subject)
     except TinyLLMError as error:
-        return failed(
-            re.sub(r"step \d+", "a step", error.what), "no error", "this stopped the check", error.fix, stopped=True
-        )
-    except Exception as error:
+        what, where, fix = re.sub(r"step \d+", "a step", error.what), "this stopped the check", error.fix
+    except Exception as error:  # a model of the user's own can raise anything
         if is_out_of_memory(error):  # the next check would not have more of it
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:200]
         where = f"raised at {place.filename}, line {place.lineno}"
-        return failed(what, "no error", where, "mend that line, then check again", stopped=True)
+        fix = "mend that line, then check again"
+    first = stopped.setdefault((what, where), check.name)
+    if first != check.name:  # one mistake can stop many checks; it is told once
+        return skipped(f"stopped by what stopped `{first}`")
+    return failed(what, "no error", where, fix)

@@ -126,9 +126,8 @@ def peak_rate(subject: Subject) -> Result:
 
 def published_rate(subject: Subject) -> float:
     """What others train a model of this size with, by AdamW: interpolated between the published ones."""
-    weights = sum(p.numel() for p in subject.fresh.parameters())
     sizes, rates = np.log(list(PUBLISHED)), np.log(list(PUBLISHED.values()))
-    return float(np.exp(np.interp(math.log(weights), sizes, rates)))
+    return float(np.exp(np.interp(math.log(subject.weights), sizes, rates)))
 
 
 def settings(subject: Subject) -> Result:

@@ -39,8 +39,7 @@ HOUR, WEEK = 3600.0, 7 * 24 * 3600.0
 def size(subject: Subject) -> Result:
     """Parameters, how they split and how they are updated, and the FLOPs of a token."""
     model, config = subject.fresh, subject.run.config
-    total = count(model)
-    parts = split(model)
+    total, parts = subject.weights, split(model)
     groups = {group.name: group.count for group in parameter_groups(model, config.optim)}
     flops = flops_a_token(model, config)
     shares = ", ".join(f"{name} {number:,}" for name, number in parts.items() if number)
@@ -88,7 +87,7 @@ def token_budget(subject: Subject) -> Result:
     """Tokens the run will see, against the size of the model and of the data."""
     run = subject.run
     seen = run.config.train.max_steps * run.config.tokens_per_step
-    a_parameter = seen / max(count(subject.fresh), 1)
+    a_parameter = seen / subject.weights
     epochs = run.config.train.max_steps * run.config.train.batch_size / windows_an_epoch(run)
     measured = f"{amount(seen).strip()} tokens: {a_parameter:.2g} a parameter, {epochs:.2g} epochs"
     expected = f"about {TOKENS_A_PARAMETER} a parameter is best for the FLOPs spent"

@@ -66,7 +66,7 @@ def repetition(subject: Subject) -> Result:
     # One window in 64, chosen by what it says, not by where it lies: copies are found wherever they begin.
     chosen = hashes[hashes >> np.uint64(58) == 0]
     if len(chosen) < 50:
-        return passed(f"too short to tell ({len(chosen)} windows of {WINDOW} tokens)")
+        return skipped("the text is too short to tell")
     share = 1 - len(np.unique(chosen)) / len(chosen)
     measured, expected = f"{share:.1%} of windows of {WINDOW} tokens occur before", "at most 20%"
     values = {"share": share}
@@ -225,18 +225,18 @@ def batches(subject: Subject) -> Result:
     if not np.array_equal(source.batch(1)[0], drawn[1][0]):
         diagnosis = "the same step gave another batch the second time: no run could be resumed exactly"
         return failed("batch(1) differs from batch(1)", expected, diagnosis, "key the batch by (seed, step) alone")
-    distinct, available = len(np.unique(both, axis=0)), different_windows(subject)
+    distinct, available = count_distinct(both), different_windows(subject)
     if distinct < 0.75 * len(both) and available > 4 * len(both):
         diagnosis = "batches share their windows: the run would go through the text far slower than it seems"
         return failed(f"{distinct} different windows of {len(both)}", expected, diagnosis, "other windows at each step")
-    return repeated(subject, source, expected) or placed(subject, both, expected)
+    return repeated(subject, source, available, expected) or placed(subject, both, expected)
 
 
-def repeated(subject: Subject, source: BatchSource, expected: str) -> Result | None:
+def repeated(subject: Subject, source: BatchSource, available: int, expected: str) -> Result | None:
     """A failure if an epoch does not go through the text, or the next one goes through it in the same order."""
     size = subject.run.config.model.block_size
     source.batch_size = count = min((len(subject.tokens["train"]) - 1) // size, drawn_at_most(size))
-    distinct, available = len(np.unique(source.batch(0)[0], axis=0)), different_windows(subject)
+    distinct = count_distinct(source.batch(0)[0])
     if distinct < 0.5 * available:
         diagnosis = "the same few windows come again and again: the rest of the text is never read"
         measured = f"{distinct:,} different windows of {count:,}"
@@ -245,9 +245,9 @@ def repeated(subject: Subject, source: BatchSource, expected: str) -> Result | N
     first = [source.batch(step)[0] for step in range(6)]
     whole = (len(subject.tokens["train"]) - 1) // size
     late = np.concatenate([source.batch(int(step))[0] for step in np.linspace(0, whole - 1, min(whole, 200))])
-    if available > 400 and len(np.unique(late, axis=0)) < 0.6 * len(late):
+    if available > 400 and (distinct := count_distinct(late)) < 0.6 * len(late):
         diagnosis = "later steps read again what earlier ones read, within an epoch: the rest waits in vain"
-        measured = f"{len(np.unique(late, axis=0))} different windows of {len(late)} over an epoch"
+        measured = f"{distinct} different windows of {len(late)} over an epoch"
         return failed(measured, expected, diagnosis, "each window once an epoch")
     epochs = {whole - 1, whole, whole + 1, len(source.starts) if source.starts is not None else whole}
     for epoch in epochs if available > 50 else ():
@@ -266,7 +266,11 @@ def different_windows(subject: Subject) -> int:
     """How many different windows the training file has end to end, of the first few: a small one may repeat itself."""
     size, tokens = subject.run.config.model.block_size, subject.tokens["train"]
     count = min((len(tokens) - 1) // size, drawn_at_most(size))
-    return len(np.unique(tokens[: count * size].reshape(count, size), axis=0))
+    return count_distinct(tokens[: count * size].reshape(count, size))
+
+
+def count_distinct(rows: np.ndarray) -> int:
+    return len(np.unique(rows, axis=0))
 
 
 def placed(subject: Subject, rows: np.ndarray, expected: str) -> Result:

@@ -2,11 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,20 +11,17 @@ from torch import Tensor, nn
 
 from tinyllm.data import IGNORED, BatchSource
 from tinyllm.engine import (
-    EVAL_LOGITS,
-    EVAL_TOKENS,
     Run,
     TrainState,
+    eval_rows,
     evaluate,
     evaluate_both,
     train_step,
 )
 from tinyllm.runtime import compiled
 from tinyllm.sanity.data import locate
-from tinyllm.sanity.result import Result, failed, passed, skipped, warned
-from tinyllm.sanity.subject import (
-    ROWS,
-    Subject,
+from tinyllm.sanity.instruments import (
+    called,
     cross_entropy,
     joined,
     logits_of,
@@ -36,6 +30,8 @@ from tinyllm.sanity.subject import (
     wake,
     watched,
 )
+from tinyllm.sanity.result import Result, failed, passed, skipped, warned
+from tinyllm.sanity.subject import ROWS, Subject
 
 CHEAP = 1e11  # multiplications that an evaluation of several batches may take here
 
@@ -45,9 +41,9 @@ def training_mode(subject: Subject) -> Result:
     run = small(subject)
     state = subject.own_state(run)
     state.model.eval()
-    with recorded(state.model, lambda module: module.training) as seen:
+    with called(state.model) as calls:
         train_step(run, state, subject.batch)
-    if not all(seen):
+    if not all(call.training for call in calls):
         diagnosis = "parts of the model are in evaluation mode during a training step: dropout is off"
         return failed("evaluation mode", "training mode", diagnosis, "model.train() at the start of each step")
     draws = [outputs_of_step(subject, run, step, disturb) for step, disturb in ((0, 1), (0, 2), (1, 3))]
@@ -66,28 +62,15 @@ def training_mode(subject: Subject) -> Result:
     return passed("on in training, another in each step and micro-batch", expected)
 
 
-@contextmanager
-def recorded(model: nn.Module, look: Callable[[nn.Module], Any]) -> Iterator[list[Any]]:
-    """What `look` says of each module as it begins to run."""
-    seen: list[Any] = []
-    handles = [m.register_forward_pre_hook(lambda module, *_: seen.append(look(module))) for m in model.modules()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def outputs_of_step(subject: Subject, run: Run, step: int, disturb: int) -> Tensor:
     """The model's outputs in the two micro-batches of a step, which get the same tokens, (2, B, T, V)."""
-    state, outputs = subject.own_state(run), []
+    state = subject.own_state(run)
     state.step = step
     torch.manual_seed(disturb)  # what was drawn before must not matter
-    handle = state.model.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
     inputs, targets = (np.concatenate([a[: ROWS // 2]] * 2) for a in subject.batch)
-    train_step(run, state, (inputs, targets))
-    handle.remove()
-    return torch.stack(outputs)
+    with called(state.model) as calls:
+        train_step(run, state, (inputs, targets))
+    return torch.stack([call.output for call in calls if not call.name])
 
 
 def small(subject: Subject) -> Run:
@@ -99,11 +82,9 @@ def small(subject: Subject) -> Run:
 def evaluation(subject: Subject) -> Result:
     """The validation loss is the mean over fixed windows of val.bin, dropout off; it changes nothing and repeats."""
     run, model = brief(subject), wake(copy.deepcopy(subject.own))
-    size = run.config.model.block_size
-    rows = max(1, min(EVAL_TOKENS // size, EVAL_LOGITS // (size * run.vocab_size)))
-    weights = sum(p.numel() for p in model.parameters())
     # More than one batch, the last one shorter, where that is cheap: a mean of means would be wrong then.
-    n_windows = rows + 1 if weights * (rows + 1) * size < CHEAP else 3
+    several = eval_rows(run) + 1
+    n_windows = several if subject.weights * several * run.config.model.block_size < CHEAP else 3
     for split in ("val", "train"):
         if stray := misread(subject, split, 24):
             diagnosis = f"the {split} loss is measured on something else than {split}.bin"
@@ -125,10 +106,7 @@ def brief(subject: Subject) -> Run:
     run = subject.exact
     if run.source.documents:
         return run
-    size = subject.batch[0].shape[1]
-    source = copy.copy(run.source)
-    source.block_size = size
-    return replace(variant(run, {"model": {"block_size": size}}), source=source)
+    return variant(run, {"model": {"block_size": subject.batch[0].shape[1]}})
 
 
 def misread(subject: Subject, split: str, n_windows: int) -> str:
@@ -143,9 +121,10 @@ def misread(subject: Subject, split: str, n_windows: int) -> str:
             if not np.array_equal(x[1:length], y[: length - 1]):
                 return "targets that are not the inputs one token on"
             whole = np.append(x[:length], y[length - 1])
-            if locate(path, whole) is None:
+            first = locate(path, whole)
+            if first is None:
                 return f"windows of {other.name}" if locate(other, whole) is not None else "windows of no file"
-            places += [locate(path, whole), locate(path, whole, last=True)]  # it may occur more than once
+            places += [first, locate(path, whole, last=True)]  # it may occur more than once
         if large:
             break
     tokens = len(subject.tokens[split])
@@ -164,12 +143,12 @@ def disturbing(run: Run, model: nn.Module, n_windows: int) -> Result | None:
     state = torch.get_rng_state()
     for training in (True, False):
         model.train(training)
-        with recorded(model, lambda module: module.training or torch.is_grad_enabled()) as seen:
+        with called(model) as calls:
             first = evaluate(run, model, "val", n_windows=n_windows)
         if model.training != training:
             diagnosis = "evaluation leaves the model in another mode: dropout would stay off (or on) in training"
             return failed(f"training = {model.training} afterwards", f"{training}", diagnosis, "restore the mode")
-        if any(seen):
+        if any(call.training or call.grad for call in calls):
             diagnosis = "parts of the model are in training mode during evaluation, or gradients are recorded"
             fix = "model.eval() on the model that is called, and torch.no_grad()"
             return failed("training mode", "evaluation mode, no gradients", diagnosis, fix)
@@ -282,12 +261,11 @@ def precision(subject: Subject) -> Result:
 
 def computed_in(subject: Subject) -> set[torch.dtype]:
     """The dtypes of what the model's modules give in a step of the run's precision."""
-    run, seen = small(subject), set()
+    run = small(subject)
     state = subject.own_state(run)
-    for module in state.model.modules():
-        module.register_forward_hook(lambda module, args, output: seen.add(getattr(output, "dtype", None)))
-    train_step(run, state, subject.batch)
-    return seen
+    with called(state.model) as calls:
+        train_step(run, state, subject.batch)
+    return {call.output.dtype for call in calls if isinstance(call.output, Tensor)}
 
 
 def compile_agrees(subject: Subject) -> Result:

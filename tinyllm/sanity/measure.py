@@ -10,7 +10,6 @@ memory, ends it and not the caller. It reads one line of JSON from its standard 
 so has whoever asked, and the child tidies up and leaves. It answers with lines of JSON, each a few fields of `Cost`.
 """
 
-import copy
 import json
 import math
 import os
@@ -32,8 +31,9 @@ from typing import Any
 from tinyllm import errors
 from tinyllm import runtime as rt
 from tinyllm.config import RunConfig, check, to_dict
-from tinyllm.engine import EVAL_LOGITS, EVAL_TOKENS, Run, TrainState, evaluate, new_state, open_run, train, train_step
+from tinyllm.engine import Run, TrainState, eval_rows, evaluate, new_state, open_run, train, train_step
 from tinyllm.events import Note, Saved, StepDone
+from tinyllm.sanity.instruments import variant
 
 # The command line is imported for what it brings along: it is part of a run's memory and of its start.
 CHILD = "import tinyllm.cli; from tinyllm.sanity.measure import main; main()"
@@ -229,7 +229,7 @@ def climb(run: Run, state: TrainState, cost: Cost, report: Report) -> tuple[int,
     rungs: list[tuple[int, int]] = []
     while True:
         report(trying=size)
-        few = shortened(run, {"batch_size": size, "micro_batch_size": size})
+        few = variant(run, {"train": {"batch_size": size, "micro_batch_size": size}})
         for _ in range(2):  # the first is slow, and begins without an optimizer state
             start = time.perf_counter()
             state.step = 0
@@ -256,14 +256,6 @@ def next_size(goal: int, size: int, seconds: float, grows: int, fixed: int, room
     return goal if fine(goal, 0.5) else twice if fine(twice, 0.95) else size
 
 
-def shortened(run: Run, changes: dict[str, Any]) -> Run:
-    """The run with some of its train section changed, and batches to match."""
-    config = run.config.model_copy(update={"train": run.config.train.model_copy(update=changes)})
-    source = copy.copy(run.source)
-    source.batch_size = config.train.batch_size
-    return replace(run, config=config, source=source)
-
-
 def loop_over(run: Run, state: TrainState, size: int, seconds: float, folder: Path, report: Report) -> None:
     """Drive the training loop with micro-batches of `size`, which take about so many seconds; report what it costs.
 
@@ -273,7 +265,7 @@ def loop_over(run: Run, state: TrainState, size: int, seconds: float, folder: Pa
     parts = run.config.accumulation_steps if whole or run.config.train.batch_size == size else 2
     changes = {"out_dir": str(folder / "out"), "batch_size": parts * size, "micro_batch_size": size, "log_interval": 1}
     changes |= {"max_steps": ENDLESS, "eval_interval": ENDLESS, "save_interval": ENDLESS}
-    few = shortened(run, changes | {"eval_windows": count_windows(run, "val")[0]})
+    few = variant(run, {"train": changes | {"eval_windows": count_windows(run, "val")[0]}})
     may_save = shutil.disk_usage(folder).free > 2 * 12 * sum(p.numel() for p in state.model.parameters())
     state.step = 0
     steps: list[float] = []  # seconds
@@ -308,10 +300,9 @@ def loop_over(run: Run, state: TrainState, size: int, seconds: float, folder: Pa
 
 def count_windows(run: Run, split: str) -> tuple[int, int]:
     """Windows of a split to evaluate here, which are two forward passes and a half; and in a whole evaluation."""
-    source, size = run.source, run.config.model.block_size
+    source = run.source
     count = min(run.config.train.eval_windows or source.count_windows("val"), source.count_windows(split))
-    rows = max(1, min(EVAL_TOKENS // size, EVAL_LOGITS // (size * run.vocab_size)))
-    return min(count, 5 * rows // 2), count
+    return min(count, 5 * eval_rows(run) // 2), count
 
 
 def evaluation_seconds(run: Run, state: TrainState, at_least: float = 1.0) -> float:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tinyllm.config import ModelConfig
 from tinyllm.engine import new_state
 from tinyllm.model import GPT
+from tinyllm.sanity.instruments import calls_of, cross_entropy, logits_of, unnumbered
 from tinyllm.sanity.reference import expected_parameters
 from tinyllm.sanity.result import Result, failed, listed, passed, warned
-from tinyllm.sanity.subject import ROWS, Subject, cross_entropy, logits_of, unnumbered
+from tinyllm.sanity.subject import ROWS, Subject
 
 INITIAL_LOSS_TOLERANCE = 0.15  # nats; healthy GPTs were 0.02 off the prediction at 0.8 M parameters, 0.03 at 124 M
 STD = 0.02  # GPT-2's initialization
@@ -27,7 +28,7 @@ def is_ours(subject: Subject) -> bool:
 def parameters(subject: Subject) -> Result:
     """As many as the config says, all of them trained, none twice by accident."""
     model, config = subject.fresh, subject.run.config.model
-    total = sum(p.numel() for p in model.parameters())
+    total = subject.weights
     measured, expected = f"{total:,} in {len(list(model.parameters()))} tensors", "all trained, none by accident twice"
     if frozen := [name for name, p in model.named_parameters() if not p.requires_grad]:
         diagnosis = f"frozen: {listed(frozen)}"
@@ -62,9 +63,7 @@ def unknown_modules(model: nn.Module) -> list[str]:
     found = []
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            inside = (
-                value if isinstance(value, list | tuple) else list(value.values()) if isinstance(value, dict) else []
-            )
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
             if not key.startswith("_") and any(isinstance(m, nn.Module) and id(m) not in known for m in inside):
                 found.append(f"{name}.{key}".lstrip("."))
     return found
@@ -131,14 +130,10 @@ def stacks_of(model: nn.Module) -> dict[str, list[nn.Module]]:
 def shapes_of_calls(subject: Subject, modules: list[nn.Module]) -> dict[int, list[tuple[int, ...]]]:
     """The shapes that each module gets in a forward pass, a shape a call, by the module's id."""
     shapes: dict[int, list[tuple[int, ...]]] = {id(m): [] for m in modules}
-
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        shapes[id(module)].append(tuple(args[0].shape) if args and isinstance(args[0], Tensor) else ())
-
-    handles = [m.register_forward_pre_hook(note) for m in {id(m): m for m in modules}.values()]
-    logits_of(subject.fresh, subject.tensor(subject.batch[0]))
-    for handle in handles:
-        handle.remove()
+    for call in calls_of(subject.fresh, subject.tensor(subject.batch[0])):
+        if id(call.module) in shapes:
+            given = call.args[0] if call.args else None
+            shapes[id(call.module)].append(tuple(given.shape) if isinstance(given, Tensor) else ())
     return shapes
 
 
@@ -200,17 +195,9 @@ def expected_std(name: str, parameter: Tensor, config: ModelConfig) -> float:
 
 def stream_growth(subject: Subject) -> float:
     """How many times larger (root mean square) the last block's output is than the first's; 1 where it has no stack."""
-    sizes: list[float] = []
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            sizes.append(float(output.float().square().mean().sqrt()))
-
-    stacks = [list(m) for m in subject.fresh.modules() if isinstance(m, nn.ModuleList)]
-    handles = [block.register_forward_hook(note) for block in max(stacks, key=len, default=[])]
-    logits_of(subject.fresh, subject.tensor(subject.batch[0]))
-    for handle in handles:
-        handle.remove()
+    blocks = {id(block) for block in max(stacks_of(subject.fresh).values(), key=len, default=[])}
+    calls = [c for c in calls_of(subject.fresh, subject.tensor(subject.batch[0])) if id(c.module) in blocks]
+    sizes = [float(c.output.float().square().mean().sqrt()) for c in calls if isinstance(c.output, Tensor)]
     return sizes[-1] / max(sizes[0], 1e-9) if len(sizes) > 1 else 1.0
 
 

@@ -12,15 +12,10 @@ from tinyllm.engine import new_state, train_step
 from tinyllm.errors import RunError
 from tinyllm.optim import all_groups, parameter_groups
 from tinyllm.sanity.config import closed_form, peak_of
+from tinyllm.sanity.instruments import Update, variant, watched
 from tinyllm.sanity.result import Result, failed, listed, passed
 from tinyllm.sanity.step import apart, plain
-from tinyllm.sanity.subject import (
-    ROWS,
-    Subject,
-    Update,
-    variant,
-    watched,
-)
+from tinyllm.sanity.subject import ROWS, Subject
 
 
 def decay_groups(subject: Subject) -> Result:

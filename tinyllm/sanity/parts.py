@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinyllm.sanity.instruments import calls_of, logits_of
 from tinyllm.sanity.model import is_ours, relative, stacks_of
 from tinyllm.sanity.reference import reference_logits
 from tinyllm.sanity.result import Result, failed, passed, skipped, warned
-from tinyllm.sanity.subject import Subject, logits_of
+from tinyllm.sanity.subject import Subject
 
 
 def formula(subject: Subject) -> Result:
@@ -36,20 +37,13 @@ def building_blocks(subject: Subject) -> Result:
 
     A norm's output is the same for ten times its input; a network of two layers is not additive.
     """
-    seen: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {}
-    handles = [
-        module.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: (m, args)}))
-        for name, module in subject.woken.named_modules()
-    ]
-    logits_of(subject.woken, subject.tensor(subject.batch[0]))
-    for handle in handles:
-        handle.remove()
     expected, looked_at = "norms take the size away, layers bend", 0
-    for name, (module, args) in seen.items():
-        if len(args) != 1 or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+    for call in calls_of(subject.woken, subject.tensor(subject.batch[0])):
+        name, module, x = call.name, call.module, call.args[0] if len(call.args) == 1 else None
+        if not isinstance(x, Tensor) or not x.is_floating_point():
             continue
         looked_at += 1
-        x = args[0] / args[0].std().clamp(min=1e-6)
+        x = x / x.std().clamp(min=1e-6)
         if "norm" in type(module).__name__.lower() and lets_size_through(module, x):
             diagnosis = f"{name} ({type(module).__name__}) gives more for more: it does not normalise"
             return warned(f"{name} lets the size through", expected, diagnosis, "divide by the root of the mean square")
@@ -106,24 +100,24 @@ def attention_scale(subject: Subject) -> Result:
 
 def without_residual(subject: Subject) -> str:
     """The name of a block, of several alike, whose output does not point where its input does; '' for none."""
-    names = {id(m): name for name, m in subject.fresh.named_modules()}
-    found: dict[str, float] = {}
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        if args and isinstance(output, Tensor) and isinstance(args[0], Tensor) and output.shape == args[0].shape:
-            x, y = args[0].float().flatten(), output.float().flatten()
-            found[names[id(module)]] = float(nn.functional.cosine_similarity(x, y, dim=0))
-
-    handles = [
-        block.register_forward_hook(note)
+    blocks = {
+        id(block)
         for stack in stacks_of(subject.fresh).values()
         for block in stack
         if sum(isinstance(m, nn.Linear) for m in block.modules()) > 2  # a block, not a layer of one
-    ]
-    logits_of(subject.fresh, subject.tensor(subject.batch[0]))
-    for handle in handles:
-        handle.remove()
-    return next((name for name, cosine in found.items() if cosine < 0.3), "")
+    }
+    for call in calls_of(subject.fresh, subject.tensor(subject.batch[0])):
+        x, y = call.args[0] if call.args else None, call.output
+        if (
+            id(call.module) not in blocks
+            or not isinstance(x, Tensor)
+            or not isinstance(y, Tensor)
+            or x.shape != y.shape
+        ):
+            continue
+        if nn.functional.cosine_similarity(x.float().flatten(), y.float().flatten(), dim=0) < 0.3:
+            return call.name
+    return ""
 
 
 class Scores(TorchDispatchMode):

@@ -59,7 +59,7 @@ def summary(results: tuple[Result, ...] | list[Result]) -> str:
 
 def row(result: Result) -> dict[str, Any]:
     """A result as JSON, the name first."""
-    names = sorted((f.name for f in fields(result) if f.name != "stopped"), key=lambda name: name != "name")
+    names = sorted((f.name for f in fields(result)), key=lambda name: name != "name")
     return {name: plain(getattr(result, name)) for name in names}
 
 

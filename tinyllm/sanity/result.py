@@ -25,7 +25,6 @@ class Result:
     fix: str = ""  # what to do about it, in the user's terms
     values: Mapping[str, Any] = field(default_factory=dict)  # the numbers behind `measured`, for programs
     curve: tuple[tuple[float, float], ...] = ()  # (step, value) of what was measured over steps, for the page
-    stopped: bool = False  # whether an error ended the check before its verdict
     name: str = ""  # of the check; set by `sanity`
     seconds: float = 0.0  # that it took; set by `sanity`
 
@@ -41,7 +40,7 @@ class Check:
 
     @property
     def group(self) -> str:
-        """The file that it is written in, for headings: data, config, model, step, loop, trainings or cost."""
+        """The file that it is written in, which is the heading that it stands under."""
         return self.function.__module__.rpartition(".")[2]
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyllm.config import ModelConfig
+from tinyllm.sanity.instruments import calls_of, logits_of, reference_gradients, wake
 from tinyllm.sanity.model import is_ours, relative
 from tinyllm.sanity.result import Result, failed, listed, passed, skipped, warned
-from tinyllm.sanity.subject import Subject, logits_of, reference_gradients, wake
+from tinyllm.sanity.subject import Subject
 
 LEAK = 1e-5  # relative to the logits' size; what is not there changes nothing at all, but for the order of sums
 
@@ -201,10 +202,11 @@ def unseen(subject: Subject, tokens: Tensor) -> Result | None:
 def misplaced(subject: Subject, tokens: Tensor) -> Result | None:
     """A failure (or a warning) if places in the text do not count, or tokens are taken for them."""
     vocabulary, fix = subject.run.vocab_size, "torch.arange(T) for the positions"
-    if len(twice := read_by_token(subject, tokens)) > 1:
+    read = lookups(subject, tokens)
+    if len(twice := read_by_token(read, tokens)) > 1:
         diagnosis = f"{listed(twice)} are all looked up by the token: is one of them for positions?"
         return warned("several tables read by the token", "one", diagnosis, fix)
-    if fixed := one_row(subject, tokens):
+    if fixed := one_row(subject, read, tokens):
         diagnosis = f"{fixed} has a row for each position and is always read at the same: positions do not count"
         return failed(f"{fixed}: one row", "a row a position", diagnosis, fix)
     # Two different tokens at the start, so that there is an order.
@@ -219,22 +221,15 @@ def misplaced(subject: Subject, tokens: Tensor) -> Result | None:
 
 def lookups(subject: Subject, tokens: Tensor) -> dict[str, Tensor]:
     """The ids that each embedding is read at, by its name."""
-    read: dict[str, Tensor] = {}
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0]}))
-        for name, module in subject.woken.named_modules()
-        if isinstance(module, nn.Embedding)
-    ]
-    logits_of(subject.woken, tokens)
-    for handle in handles:
-        handle.remove()
-    return read
+    return {
+        call.name: call.args[0] for call in calls_of(subject.woken, tokens) if isinstance(call.module, nn.Embedding)
+    }
 
 
-def read_by_token(subject: Subject, tokens: Tensor) -> list[str]:
+def read_by_token(read: dict[str, Tensor], tokens: Tensor) -> list[str]:
     """Names of the embeddings whose row follows from the token, wherever it stands."""
     found = []
-    for name, ids in lookups(subject, tokens).items():
+    for name, ids in read.items():
         pairs = list(zip(tokens.flatten().tolist(), ids.flatten().tolist(), strict=False))
         first = dict(reversed(pairs))  # the row at each token's first place
         by_token = ids.numel() == tokens.numel() and all(first[token] == row for token, row in pairs)
@@ -243,10 +238,10 @@ def read_by_token(subject: Subject, tokens: Tensor) -> list[str]:
     return found
 
 
-def one_row(subject: Subject, tokens: Tensor) -> str:
+def one_row(subject: Subject, read: dict[str, Tensor], tokens: Tensor) -> str:
     """The name of an embedding with a row a position of which a whole window reads one row only; '' for none."""
     size = subject.run.config.model.block_size
-    for name, ids in lookups(subject, tokens).items():
+    for name, ids in read.items():
         rows = subject.woken.get_submodule(name).num_embeddings
         if rows >= size and ids.numel() > 1 and bool((ids == ids.flatten()[0]).all()) and not torch.equal(ids, tokens):
             return name

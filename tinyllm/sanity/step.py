@@ -17,19 +17,18 @@ from tinyllm.data import IGNORED
 from tinyllm.engine import Run, TrainState, train_step
 from tinyllm.errors import RunError
 from tinyllm.optim import all_groups
-from tinyllm.sanity.result import Result, failed, listed, passed, skipped, warned
-from tinyllm.sanity.subject import (
-    ROWS,
-    Subject,
+from tinyllm.sanity.instruments import (
     Update,
+    calls_of,
     cross_entropy,
     joined,
-    logits_of,
     reference_gradients,
     unnumbered,
     variant,
     watched,
 )
+from tinyllm.sanity.result import Result, failed, listed, passed, skipped, warned
+from tinyllm.sanity.subject import ROWS, Subject
 
 CLOSE = 1e-3  # relative; float32 sums in another order differ by 1e-6, a mistake by much more
 
@@ -109,7 +108,7 @@ def unreached(
 ) -> Result | None:
     """A failure if something is used and not trained."""
     expected = "each tensor has a gradient"
-    ran = names_of_called(model, inputs)
+    ran = {call.name for call in calls_of(model, inputs)}
     if strangers := unregistered(model, inputs, targets):
         shapes = listed([str(tuple(t.shape)) for t in strangers])
         diagnosis = f"tensors of shape {shapes} are used but are no parameters: neither trained nor saved"
@@ -139,19 +138,6 @@ def unreached(
             diagnosis = f"{name} has padding_idx = {padding}, but that is a real token here: its row is never trained"
             return failed(f"{name}[{padding}] stands still", expected, diagnosis, "leave padding_idx out")
     return None
-
-
-def names_of_called(model: nn.Module, inputs: Tensor) -> set[str]:
-    """Names of the modules that run in a forward pass."""
-    called: set[str] = set()
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-        for name, module in model.named_modules()
-    ]
-    logits_of(model, inputs)
-    for handle in handles:
-        handle.remove()
-    return called
 
 
 def has_live_sibling(name: str, gradients: dict[str, Tensor]) -> bool:

@@ -1,6 +1,5 @@
 """Checks that train: a batch learned by heart, and a short run on the real data, at the real rate."""
 
-import copy
 import math
 import time
 from collections import Counter, defaultdict
@@ -10,8 +9,9 @@ import numpy as np
 
 from tinyllm.engine import Run, TrainState, new_state, train_step
 from tinyllm.errors import RunError
+from tinyllm.sanity.instruments import cross_entropy, logits_of, variant
 from tinyllm.sanity.result import Result, failed, passed, warned
-from tinyllm.sanity.subject import Subject, cross_entropy, logits_of, variant
+from tinyllm.sanity.subject import Subject
 
 OVERFIT_STEPS, OVERFIT_TOKENS, OVERFIT_MARGIN = 300, 512, 0.1
 SHORT_STEPS, SHORT_TOKENS, SHORT_FLOPS, SHORT_SECONDS = 150, 4096, 1e12, 20.0  # tokens and FLOPs a step
@@ -125,8 +125,7 @@ def short_run(subject: Subject) -> Result:
 
 def shortened(subject: Subject) -> Run:
     """The user's run with small batches, and its schedule pressed into SHORT_STEPS steps."""
-    run, weights = subject.run, sum(p.numel() for p in subject.fresh.parameters())
-    tokens = min(SHORT_TOKENS, int(SHORT_FLOPS / (6 * weights)))
+    run, tokens = subject.run, min(SHORT_TOKENS, int(SHORT_FLOPS / (6 * subject.weights)))
     rows = max(1, min(run.config.train.batch_size, tokens // run.config.model.block_size))
     warmup = 20 if run.config.schedule.warmup_steps else 0
     return variant(
@@ -141,11 +140,9 @@ def shortened(subject: Subject) -> Run:
 
 def trained(run: Run, state: TrainState) -> Iterator[float]:
     """The losses of real steps on real batches, until they are enough or it has taken long enough."""
-    source = copy.copy(run.source)
-    source.batch_size = run.config.train.batch_size
     started = time.perf_counter()
     while state.step < SHORT_STEPS and (state.step < 20 or time.perf_counter() - started < SHORT_SECONDS):
-        yield train_step(run, state, source.batch(state.step)).loss
+        yield train_step(run, state).loss
 
 
 def held_out_loss(subject: Subject, state: TrainState, inputs: np.ndarray, targets: np.ndarray) -> float:
