@@ -1,5 +1,6 @@
 """A model of one's own: real files, real processes, every way in which a class can be wrong, and what may be run."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -314,11 +315,19 @@ def test_what_forward_must_do(takes, returns, came, fix):
     assert advice.startswith(f"  fix: {fix}") if fix else not advice
 
 
+def asked_of(spec, **values):
+    """What the check asks of a class and gets: the shape of the ids, and the type of the logits."""
+    asked, model = [], built(spec, **values)
+    model.register_forward_hook(lambda _, args, logits: asked.append((tuple(args[0].shape), logits.dtype)))
+    custom.check_contract(model, config_of(spec, **values), V)
+    return asked
+
+
 def test_a_context_of_one_token_and_a_model_in_half_precision():
-    custom.check_contract(built(block_size=1), config_of(block_size=1), V)
+    assert asked_of(SPEC, block_size=1) == [((2, 1), torch.float32), ((1, 1), torch.float32)]
     half = "class Half(MyGPT):\n    def forward(self, tokens):\n        return super().forward(tokens).bfloat16()\n"
     Path("my_model.py").write_text(MODEL + half)
-    custom.check_contract(built("my_model.py:Half"), config_of("my_model.py:Half"), V)
+    assert asked_of("my_model.py:Half") == [((2, 8), torch.bfloat16), ((1, CONTEXT), torch.bfloat16)]
 
 
 # ---- The engine ----
@@ -499,11 +508,16 @@ CONSENT = "if you know what it runs, say so: --set model.class=path.py:Class"
 
 def test_an_unchanged_file_of_this_folder_may_be_run(here):
     (here / "sub").mkdir()
-    (here / "sub/own.py").write_text(MODEL)
+    text = MODEL + "raise SystemExit('run')"  # if anybody runs it to find out
+    for name in ("my_model.py", "sub/own.py"):
+        (here / name).write_text(text)
     (here / "own_link.py").symlink_to(here / "sub/own.py")
     paths = ("my_model.py", "./my_model.py", "sub/own.py", "sub/../my_model.py", "own_link.py", "sub.own")
+    recorded = hashlib.sha256(text.encode()).hexdigest()
     for spec in (f"{path}:MyGPT" for path in paths):
-        custom.trust(spec, custom.find(spec).sha256, "ckpt.pt")
+        assert custom.find(spec).sha256 == recorded
+        assert custom.trust(spec, recorded, "ckpt.pt") is None
+        assert_not_run(spec, recorded[::-1], "is not the file that it was trained with")
 
 
 def test_a_changed_one_may_not(here):
