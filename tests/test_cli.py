@@ -443,7 +443,7 @@ def test_a_terminal_gets_a_live_line(home, tmp_path):
     assert code == 0
     live = re.findall(r"(\d+)/50 ", re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", screen))
     assert len(set(live)) > 20, "redrawn as the steps come"
-    assert re.search(r"loss \d\.\d+ norm \d+\.\d\d lr \d\.\de-\d\d \S+( M)? tok/s 0:00:\d\d left", screen)
+    assert re.search(r"loss \d\.\d+ norm \d+\.\d\d lr \d\.\de-\d\d \S+ [kM]?tok/s 0:00:\d\d left", screen)
     assert "\x1b[2K" in screen, "in place"
     assert re.search("\x1b\\[(\\d;)*3\\d", screen), "in colour"
     assert screen.rstrip().splitlines()[-1].find("tinyllm sample") > 0, "and gone in the end"

@@ -17,10 +17,10 @@ from tinyllm.config import to_dict
 from tinyllm.engine import new_state, train
 from tinyllm.errors import DataError, is_out_of_memory
 from tinyllm.folder import record, write_config
+from tinyllm.numbers import amount, lasting, size_of
 from tinyllm.sanity import cost
 from tinyllm.sanity import measure as measuring
 from tinyllm.sanity.measure import Cost, measure, next_size
-from tinyllm.sanity.numbers import amount, lasting, size_of
 from tinyllm.sanity.subject import Subject
 
 GB = 10**9
@@ -390,7 +390,9 @@ def test_matmul_rate():
 
 
 def test_numbers_for_people():
-    assert [amount(x) + "B" for x in (12, 1234, 1_234_567)] == ["12 B", "1.23 kB", "1.23 MB"]
+    assert [amount(x) for x in (0, 0.5, 12, 1234, 1_234_567, 2e9)] == ["0", "0.5", "12", "1.23 k", "1.23 M", "2 G"]
+    assert [amount(x, "B") for x in (12, 1234, 1_234_567)] == ["12 B", "1.23 kB", "1.23 MB"]
+    assert [amount(x) for x in (999.4, 999.6, 999_600)] == ["999", "1 k", "1 M"], "never 1e+03"
     assert size_of(1.5e9) == "1.5 GB"
     assert [lasting(x) for x in (0.0241, 3.14, 53, 99, 600, 20_000, 300_000)] == [
         "24 ms",

@@ -5,6 +5,7 @@ What they catch is the business of tests/planted and test_planted.py.
 
 import dataclasses
 import math
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from tinyllm import engine, sanity
 from tinyllm.engine import new_state, train, train_step
 from tinyllm.errors import ConfigError, RunError
+from tinyllm.optim import build_optimizers
 from tinyllm.sanity import CHECKS, Check, select
 from tinyllm.sanity.config import closed_form
 from tinyllm.sanity.data import locate
@@ -60,6 +62,8 @@ def test_select():
     names = [check.name for check in CHECKS]
     assert [c.name for c in select()] == names
     assert len(set(names)) == len(names)
+    groups = [check.group for check in CHECKS]
+    assert [group for group, _ in groupby(groups)] == list(dict.fromkeys(groups)), "each heading once"
     assert [c.name for c in select(only=("loss", "causal mask"))] == ["causal mask", "loss"], "in their own order"
     assert [c.name for c in select(skip=names[1:])] == names[:1]
     assert [c.name for c in select(quick=True)] == [c.name for c in CHECKS if c.quick]
@@ -153,6 +157,37 @@ def test_the_cross_entropy_is_torchs():
     assert float(cross_entropy(logits, targets)) == pytest.approx(
         float(F.cross_entropy(logits.double().flatten(0, 1), targets.flatten())), rel=1e-12
     )
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_tensor_is_held_to_the_formula_from_its_first_gradient_on(make_run, name):
+    """An expert that nothing was sent to at the first step: its averages begin later, the rate does not."""
+    run = make_run(f"optim.name={name}", "schedule.kind=constant", "schedule.warmup_steps=4")
+    state = new_state(run)
+    late = {"norm.weight": adamw_error, "blocks.0.mlp.fc.weight": muon_error if name == "muon" else adamw_error}
+    with watched(state) as updates:
+        for step in range(3):
+            for tensor in late:
+                state.model.get_parameter(tensor).requires_grad_(step > 0)
+            train_step(run, state)
+    for tensor, error in late.items():
+        steps = [u for u in updates if u.name == tensor and u.grad is not None]
+        assert [u.step for u in steps] == [1, 2]
+        assert error(steps, run.config.optim) < 1
+
+
+@pytest.mark.parametrize("name", ["optimizer", "schedule in use"])
+def test_a_check_that_saw_no_update_has_not_passed(make_run, monkeypatch, name):
+    def by_others(run, state, batch):
+        """A step of optimizers that the state does not hold."""
+        own, state.optimizers = state.optimizers, build_optimizers(state.model, run.config.optim)
+        report = train_step(run, state, batch)
+        state.optimizers = own
+        return report
+
+    monkeypatch.setattr(sanity.optimizer, "train_step", by_others)
+    result = results_of(make_run(*WIDE), name)[name]
+    assert (result.verdict, result.measured) == ("fail", "no update to compare")
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

@@ -16,6 +16,7 @@ from tinyllm import __version__
 from tinyllm.errors import TinyLLMError, typed
 from tinyllm.events import Evaluated, Evaluation, Event, Finished, Note, Saved, StepDone, Stopped
 from tinyllm.examples import Example
+from tinyllm.numbers import amount
 
 if TYPE_CHECKING:  # these import NumPy, some of them torch, which `--help` must not wait for
     from tinyllm.engine import Run
@@ -149,7 +150,7 @@ def show_run(run: "Run", groups: Sequence["ParameterGroup"], step: int) -> None:
         "optim": config.optim.name + ": " + ", ".join(f"{g.name} {len(g.names)} ({g.count:,})" for g in groups),
         "device": run.runtime.summary,
         "steps": f"{steps:,} of {config.tokens_per_step:,} tokens{accumulation}: "
-        f"{quantity(tokens)} tokens, {tokens / data.train.tokens:.1f} epochs",
+        f"{amount(tokens)} tokens, {tokens / data.train.tokens:.1f} epochs",
     }
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
@@ -177,7 +178,7 @@ def show_training(events: Iterable[Event], run: "Run", step: int) -> Finished | 
                     rate = clock.tick(event.step)
                     eta = clock.eta(config.train.max_steps)
                     values = f"loss {event.loss:.3f} norm {event.grad_norm:.2f} lr {event.lr:.1e}"
-                    update(event.step, f"{values} {quantity(rate)} tok/s {eta} left")
+                    update(event.step, f"{values} {amount(rate, 'tok/s')} {eta} left")
                 case Evaluated():
                     console.print(evaluation_row(event))
                     clock.skip()
@@ -333,14 +334,6 @@ def show_examples(items: Sequence[Example]) -> None:
 def plural(count: int, word: str) -> str:
     """1 layer, 2 layers."""
     return f"{count:,} {word}" + "s" * (count != 1)
-
-
-def quantity(value: float) -> str:
-    """1234567 as 1.23 M."""
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.0f}"
 
 
 def duration(seconds: float) -> str:

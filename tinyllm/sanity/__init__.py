@@ -13,8 +13,8 @@ and all random generators are left as they were, so a run that follows is the ru
     result.py    what a check is, and what it says
     subject.py   the run under test
     instruments.py   what the checks measure with: watched steps, recorded calls, woken weights, references
-    data.py, config.py, model.py, sight.py, parts.py, step.py, optimizer.py, evaluation.py, loop.py, trainings.py,
-    cost.py      the checks, a file a group
+    data.py, config.py, model.py, sight.py, parts.py, loss.py, step.py, optimizer.py, evaluation.py, loop.py,
+    trainings.py, cost.py       the checks, a file a group
     reference.py, measure.py    the built-in GPT once more; a process that does what a run will do
     report.py, page.py          what was found, as JSON and as a page to keep
 """
@@ -23,7 +23,6 @@ import difflib
 import random
 import re
 import time
-import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,8 +32,8 @@ import torch
 
 from tinyllm.engine import Run
 from tinyllm.errors import ConfigError, TinyLLMError, is_out_of_memory
-from tinyllm.sanity import config, cost, data, evaluation, loop, model, optimizer, parts, sight, step, trainings
-from tinyllm.sanity.result import Check, Result, Verdict, failed, skipped
+from tinyllm.sanity import config, cost, data, evaluation, loop, loss, model, optimizer, parts, sight, step, trainings
+from tinyllm.sanity.result import Check, Result, Verdict, failed, raised, skipped
 from tinyllm.sanity.subject import Subject
 
 __all__ = ["CHECKS", "Check", "Result", "Verdict", "sanity", "select"]
@@ -70,8 +69,8 @@ CHECKS: tuple[Check, ...] = (
     Check("building blocks", "norms that do not normalise, layers in a row that could be one", parts.building_blocks),
     Check("residual stream", "a residual connection left out", parts.residual_stream),
     Check("attention scale", "scores not divided by sqrt(head size)", parts.attention_scale),
-    Check("loss", "a sum for a mean, a softmax too many, 16 bits in the loss", step.loss),
-    Check("gradient reach", "detached, frozen or unused parts", step.gradient_reach),
+    Check("loss", "a sum for a mean, a softmax too many, 16 bits in the loss", loss.loss),
+    Check("gradient reach", "detached, frozen or unused parts", loss.gradient_reach),
     Check("one step", "an optimizer that never steps, or steps twice", step.one_step),
     Check("gradient", "a scaled loss, gradients cleared too early, two steps in one", step.gradient),
     Check("accumulation", "micro-batches that do not add up", step.accumulation),
@@ -150,10 +149,8 @@ def perform(check: Check, subject: Subject, stopped: dict[tuple[str, str], str])
     except Exception as error:  # a model of the user's own can raise anything
         if is_out_of_memory(error):  # the next check would not have more of it
             raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:200]
-        where = f"raised at {place.filename}, line {place.lineno}"
-        fix = "mend that line, then check again"
+        what, place = raised(error)
+        where, fix = f"raised at {place}", "mend that line, then check again"
     first = stopped.setdefault((what, where), check.name)
     if first != check.name:  # one mistake can stop many checks; it is told once
         return skipped(f"stopped by what stopped `{first}`")

@@ -20,9 +20,10 @@ from tinyllm.config import RunConfig, to_toml
 from tinyllm.engine import Run, TrainState, snapshot
 from tinyllm.errors import RunError
 from tinyllm.model import GPT
+from tinyllm.numbers import amount, lasting, size_of
 from tinyllm.optim import parameter_groups
+from tinyllm.sanity.instruments import dropouts
 from tinyllm.sanity.measure import Cost
-from tinyllm.sanity.numbers import amount, lasting, size_of
 from tinyllm.sanity.result import Result, failed, passed, skipped, warned
 from tinyllm.sanity.subject import Subject
 
@@ -43,7 +44,7 @@ def size(subject: Subject) -> Result:
     groups = {group.name: group.count for group in parameter_groups(model, config.optim)}
     flops = flops_a_token(model, config)
     shares = ", ".join(f"{name} {number:,}" for name, number in parts.items() if number)
-    measured = f"{total:,} parameters ({shares}); {amount(flops)}FLOP a token"
+    measured = f"{total:,} parameters ({shares}); {amount(flops, 'FLOP')} a token"
     values: dict[str, Any] = {"parameters": total, "parameters_of": parts, "parameters_in_group": groups}
     values |= {"flops_a_token": flops, "flops_a_step": flops * config.tokens_per_step}
     return passed(measured, values=values)
@@ -89,7 +90,7 @@ def token_budget(subject: Subject) -> Result:
     seen = run.config.train.max_steps * run.config.tokens_per_step
     a_parameter = seen / subject.weights
     epochs = run.config.train.max_steps * run.config.train.batch_size / windows_an_epoch(run)
-    measured = f"{amount(seen).strip()} tokens: {a_parameter:.2g} a parameter, {epochs:.2g} epochs"
+    measured = f"{amount(seen)} tokens: {a_parameter:.2g} a parameter, {epochs:.2g} epochs"
     expected = f"about {TOKENS_A_PARAMETER} a parameter is best for the FLOPs spent"
     values = {"tokens": seen, "tokens_a_parameter": a_parameter, "epochs": epochs}
     if epochs > MOST_EPOCHS and not has_dropout(run, subject.fresh):
@@ -110,8 +111,7 @@ def windows_an_epoch(run: Run) -> int:
 
 
 def has_dropout(run: Run, model: nn.Module) -> bool:
-    modules = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in model.modules())
-    return modules or max(run.config.model.dropout, run.config.model.attn_dropout) > 0
+    return bool(dropouts(model)) or max(run.config.model.dropout, run.config.model.attn_dropout) > 0
 
 
 # ---- Disk ----
@@ -275,7 +275,7 @@ def judged_time(cost: Cost, config: RunConfig, flops_a_step: int) -> Result:
     values |= {"tokens_a_second": config.tokens_per_step / cost.step_seconds, "evaluations": evaluations(config)}
     steps = f"{config.train.max_steps:,} steps of {lasting(cost.step_seconds)}"
     end = clock.strftime("%H:%M" if total < 12 * HOUR else "%d %b %H:%M", clock.localtime(values["ends_at"]))
-    used = f"{amount(rate)}FLOP/s"
+    used = amount(rate, "FLOP/s")
     if cost.matmul_rate:
         values["share_of_peak"] = rate / cost.matmul_rate
         used += f", {values['share_of_peak']:.0%} of what a large matrix product reaches here"

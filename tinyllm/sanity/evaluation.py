@@ -10,22 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from tinyllm.data import IGNORED, BatchSource
-from tinyllm.engine import (
-    Run,
-    TrainState,
-    eval_rows,
-    evaluate,
-    evaluate_both,
-    train_step,
-)
+from tinyllm.engine import Run, TrainState, eval_rows, evaluate, evaluate_both, train_step
 from tinyllm.runtime import compiled
 from tinyllm.sanity.data import locate
 from tinyllm.sanity.instruments import (
+    apart,
     called,
     cross_entropy,
     joined,
     logits_of,
     reference_gradients,
+    relative,
     variant,
     wake,
     watched,
@@ -281,12 +276,12 @@ def compile_agrees(subject: Subject) -> Result:
             return skipped(note)
         right = reference_gradients(model, inputs, targets)
         logits = logits_of(model, inputs)
-        error = float((logits_of(fast, inputs) - logits).abs().max() / logits.std())
+        error = relative(logits_of(fast, inputs) - logits, logits)
         cross_entropy(fast(inputs), targets).backward()
         found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     finally:
         torch.use_deterministic_algorithms(deterministic)
-    slope = float((joined(found) - joined(right)).norm() / joined(right).norm())
+    slope = apart(joined(found), joined(right))
     measured, expected = f"logits {error:.1e}, gradient {slope:.1e} apart", "below 1e-3, in float32"
     if not (error < 1e-3 and slope < 1e-3):
         diagnosis = "the compiler changes what the model computes: a miscompile"

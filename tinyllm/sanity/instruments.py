@@ -6,9 +6,10 @@
         train_step(run, state, batch)
     wake(model)                                   # random weights of natural size: what starts at zero hides nothing
     cross_entropy(logits, targets)                # references, written out
+    apart(found, right), relative(found - right, right)   # how far from the reference, as a share of it
 
-Reference values never come from the code that they are to check: windows are read from the token files, the loss is
-written out in float64, the schedule and AdamW are closed forms.
+Reference values never come from the code that they are to check: here windows are read from the token files and the
+loss is written out in float64, elsewhere the schedule and AdamW are closed forms and the GPT is written out once more.
 """
 
 import copy
@@ -57,10 +58,14 @@ def occurrences(tokens: np.ndarray) -> np.ndarray:
 
 def stilled(model: nn.Module) -> nn.Module:
     """The model with its dropout modules off; a model of the user's own may have some that no config reaches."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
+    for module in dropouts(model):
+        module.p = 0.0
     return model
+
+
+def dropouts(model: nn.Module) -> list[nn.modules.dropout._DropoutNd]:
+    """The dropout modules in it, of torch's kinds."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
 
 
 @torch.no_grad()
@@ -202,6 +207,16 @@ def calls_of(model: nn.Module, tokens: Tensor) -> list[Call]:
 def joined(tensors: Mapping[str, Tensor]) -> Tensor:
     """All tensors in one vector, float64, in the order of their names."""
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def apart(found: Tensor, right: Tensor) -> float:
+    """Distance of two vectors as a share of the second's length."""
+    return float((found - right).norm() / right.norm().clamp(min=1e-30))
+
+
+def relative(difference: Tensor, reference: Tensor) -> float:
+    """The largest absolute difference as a share of the reference's standard deviation."""
+    return float(difference.abs().max() / reference.std().clamp(min=1e-12))
 
 
 def unnumbered(name: str) -> str:

@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 
 from tinyllm import checkpoint as ckpt
-from tinyllm.engine import (
-    Run,
-    TrainState,
-    evaluate,
-    new_state,
-    restore,
-    snapshot,
-    train,
-    train_step,
-)
+from tinyllm.engine import Run, TrainState, evaluate, new_state, restore, snapshot, train, train_step
 from tinyllm.events import Evaluated, Event, Finished, StepDone, Stopped
 from tinyllm.generate import Sampling, choose, generate
 from tinyllm.model import GPT, KVCache
@@ -32,7 +23,7 @@ from tinyllm.sanity.subject import Subject
 
 
 def steps(run: Run, state: TrainState, subject: Subject, count: int) -> TrainState:
-    """Take real steps on the real batches of their numbers, cut to the size of `small`."""
+    """Take real steps on the real batches of their numbers, cut to the length of the subject's batch."""
     size = subject.batch[0].shape[1]
     for _ in range(count):
         inputs, targets = run.source.batch(state.step)

@@ -21,7 +21,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from tinyllm.config import RunConfig, check, to_dict
 from tinyllm.engine import Run, TrainState, eval_rows, evaluate, new_state, open_run, train, train_step
 from tinyllm.events import Note, Saved, StepDone
 from tinyllm.sanity.instruments import variant
+from tinyllm.sanity.result import raised
 
 # The command line is imported for what it brings along: it is part of a run's memory and of its start.
 CHILD = "import tinyllm.cli; from tinyllm.sanity.measure import main; main()"
@@ -165,9 +165,7 @@ def main() -> None:
         if errors.is_out_of_memory(error):
             report(ended="out of memory")
             return
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:200]
-        report(error=("RunError", what, f"{place.filename}, line {place.lineno}", ""))
+        report(error=("RunError", *raised(error), ""))
 
 
 def leave_with_parent(folder: str) -> None:

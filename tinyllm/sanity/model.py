@@ -237,11 +237,6 @@ def output(subject: Subject) -> Result:
     return passed(f"logits of shape {shape}, finite", "(B, T, V)")
 
 
-def relative(difference: Tensor, reference: Tensor) -> float:
-    """The largest absolute difference as a share of the reference's standard deviation."""
-    return float(difference.abs().max() / reference.std().clamp(min=1e-12))
-
-
 def remembering(subject: Subject, inputs: Tensor) -> str:
     """In which mode the model's output depends on what it has seen before; '' for in none."""
     model = copy.deepcopy(subject.woken)

@@ -12,9 +12,9 @@ from tinyllm.engine import new_state, train_step
 from tinyllm.errors import RunError
 from tinyllm.optim import all_groups, parameter_groups
 from tinyllm.sanity.config import closed_form, peak_of
-from tinyllm.sanity.instruments import Update, variant, watched
+from tinyllm.sanity.instruments import Update, apart, variant, watched
 from tinyllm.sanity.result import Result, failed, listed, passed
-from tinyllm.sanity.step import apart, plain
+from tinyllm.sanity.step import plain
 from tinyllm.sanity.subject import ROWS, Subject
 
 
@@ -63,11 +63,13 @@ def optimizer(subject: Subject) -> Result:
     by_name: dict[str, list[Update]] = defaultdict(list)
     for update in updates:
         by_name[update.name].append(update)
+    compared = 0
     expected = f"betas {config.betas}, eps {config.eps:g}, decay {config.weight_decay:g}, rate {config.lr:g}"
     for name, steps in by_name.items():
         steps = [u for u in steps if u.grad is not None]  # an expert that nothing was sent to is left as it is
         if not steps:
             continue
+        compared += 1
         chain = [start[name], *(t for u in steps for t in (u.before, u.after)), state.model.get_parameter(name)]
         if not all(torch.equal(a, b) for a, b in zip(chain[::2], chain[1::2], strict=True)):
             diagnosis = f"{name} changes outside of its optimizer's steps: a decay or an average by hand?"
@@ -77,8 +79,16 @@ def optimizer(subject: Subject) -> Result:
             diagnosis = f"{name} does not move as the config says: {guess(steps, config)}"
             fix = "pass lr, betas, eps and weight_decay to the optimizer, and step it once"
             return failed(f"{name}: {error:.2g} times the tolerance off", expected, diagnosis, fix)
+    if not compared:
+        return nothing_seen(expected)
     kinds = " and ".join(type(optimizer).__name__ for optimizer in state.optimizers)
-    return passed(f"three steps of {kinds} agree with the formula", expected)
+    return passed(f"three steps of {kinds} on {compared} tensors agree with the formula", expected)
+
+
+def nothing_seen(expected: str) -> Result:
+    """A failure: a check that compared nothing has not passed."""
+    diagnosis = "the optimizers that the state holds make no step, or are given no gradient: others in their place?"
+    return failed("no update to compare", expected, diagnosis, "step those that `new_state` gives; see `one step`")
 
 
 def adamw_error(
@@ -93,7 +103,7 @@ def adamw_error(
     m = v = torch.zeros_like(steps[0].before, dtype=torch.float64)
     worst = 0.0
     for t, u in enumerate(steps, 1):
-        lr = config.lr * other.get("scale", 1.0) * t / 4  # in the warmup of `optimizer`
+        lr = config.lr * other.get("scale", 1.0) * (u.step + 1) / 4  # in the warmup of `optimizer`
         p, g = u.before.double(), u.grad.double()
         if other.get("coupled"):
             g = g + decay * p
@@ -114,10 +124,10 @@ def muon_error(steps: list[Update], config: OptimConfig) -> float:
     p = nn.Parameter(steps[0].before.clone())
     reference = torch.optim.Muon([p], momentum=config.muon_momentum, weight_decay=config.weight_decay)
     worst = 0.0
-    for t, u in enumerate(steps, 1):
+    for u in steps:
         p.data.copy_(u.before)
         p.grad = u.grad
-        reference.param_groups[0]["lr"] = config.muon_lr * t / 4
+        reference.param_groups[0]["lr"] = config.muon_lr * (u.step + 1) / 4
         reference.step()
         worst = max(worst, 1e3 * apart(u.after.double() - u.before, p.detach().double() - u.before))
     return worst
@@ -128,7 +138,7 @@ def guess(steps: list[Update], config: OptimConfig) -> str:
     if steps[0].muon:
         return "see optim.muon_lr, optim.muon_momentum and optim.weight_decay"
     moves = float((steps[0].after - steps[0].before).double().norm())
-    ideal = config.lr / 4 * math.sqrt(steps[0].before.numel())
+    ideal = config.lr * (steps[0].step + 1) / 4 * math.sqrt(steps[0].before.numel())
     others: dict[str, dict[str, Any]] = {
         "it fits betas = (0.9, 0.999), torch's default": {"betas": (0.9, 0.999)},
         "it fits an eps of 1e-8": {"eps": 1e-8},
@@ -159,6 +169,8 @@ def schedule_in_use(subject: Subject) -> Result:
         state.step = step
         with watched(state) as updates:
             report = train_step(run, state, (inputs, targets))
+        if not updates:
+            return nothing_seen(expected)
         for u in updates:
             right = named.get(u.name, config.optim.lr) * closed_form(step, config)
             if not math.isclose(u.lr, right, rel_tol=1e-4, abs_tol=1e-12):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinyllm.sanity.instruments import calls_of, logits_of
-from tinyllm.sanity.model import is_ours, relative, stacks_of
+from tinyllm.sanity.instruments import calls_of, logits_of, relative
+from tinyllm.sanity.model import is_ours, stacks_of
 from tinyllm.sanity.reference import reference_logits
 from tinyllm.sanity.result import Result, failed, passed, skipped, warned
 from tinyllm.sanity.subject import Subject

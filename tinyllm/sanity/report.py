@@ -5,7 +5,7 @@ json.dumps(report.as_json(), allow_nan=False)
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
@@ -31,7 +31,7 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        return {verdict: sum(r.verdict == verdict for r in self.results) for verdict in WORDS}
+        return tally(self.results)
 
     @property
     def verdict(self) -> str:
@@ -51,10 +51,14 @@ class Report:
         }
 
 
-def summary(results: tuple[Result, ...] | list[Result]) -> str:
+def tally(results: Sequence[Result]) -> dict[str, int]:
+    """How many there are of each verdict."""
+    return {verdict: sum(r.verdict == verdict for r in results) for verdict in WORDS}
+
+
+def summary(results: Sequence[Result]) -> str:
     """31 passed, 2 to look at, 1 failed, 3 skipped: what there is of them."""
-    counts = {verdict: sum(r.verdict == verdict for r in results) for verdict in WORDS}
-    return ", ".join(f"{counts[verdict]} {word}" for verdict, word in WORDS.items() if counts[verdict])
+    return ", ".join(f"{count} {WORDS[verdict]}" for verdict, count in tally(results).items() if count)
 
 
 def row(result: Result) -> dict[str, Any]:

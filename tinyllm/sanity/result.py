@@ -4,6 +4,7 @@ A check is a small function from a Subject to a Result: it measures one property
 it with what it must be, computed independently. It changes nothing but copies of its own.
 """
 
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,6 +59,13 @@ def warned(measured: str, expected: str, diagnosis: str, fix: str, **more: Any) 
 
 def failed(measured: str, expected: str, diagnosis: str, fix: str, **more: Any) -> Result:
     return Result("fail", measured, expected, diagnosis, fix, **more)
+
+
+def raised(error: Exception) -> tuple[str, str]:
+    """What an error says, in one line, and the place that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:200]
+    return what, f"{place.filename}, line {place.lineno}"
 
 
 def listed(names: list[str], most: int = 3) -> str:

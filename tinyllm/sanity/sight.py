@@ -1,7 +1,7 @@
 """Checks of what may see what, and what must: dropout, rows of a batch, the future, the past.
 
-They use woken weights (`subject.wake`): a fresh model whose last projections are zero would hide every mistake behind
-them.
+They use woken weights (`instruments.wake`): a fresh model whose last projections are zero would hide every mistake
+behind them.
 """
 
 import copy
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyllm.config import ModelConfig
-from tinyllm.sanity.instruments import calls_of, logits_of, reference_gradients, wake
-from tinyllm.sanity.model import is_ours, relative
+from tinyllm.sanity.instruments import calls_of, dropouts, logits_of, reference_gradients, relative, wake
+from tinyllm.sanity.model import is_ours
 from tinyllm.sanity.result import Result, failed, listed, passed, skipped, warned
 from tinyllm.sanity.subject import Subject
 
@@ -34,7 +34,7 @@ def dropout(subject: Subject) -> Result:
         diagnosis = "two forward passes in evaluation differ: losses would be noise, and worse than the model is"
         fix = "pass training=self.training to F.dropout, or use nn.Dropout"
         return failed("random in evaluation", expected, diagnosis, fix)
-    own = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
+    own = any(module.p > 0 for module in dropouts(model))
     wanted = own or (is_ours(subject) and config.dropout + config.attn_dropout > 0)
     if wanted and not differs[True]:
         diagnosis = f"model.dropout = {config.dropout:g}, but two forward passes in training are equal"

@@ -70,7 +70,7 @@ def prefix_entropy(inputs: np.ndarray, targets: np.ndarray) -> float:
 
 
 def short_run(subject: Subject) -> Result:
-    """A few real steps at the run's own rate: better than counting tokens, and better for knowing their order."""
+    """A few real steps at the run's own peak rate: better than counting tokens, and better for knowing their order."""
     unigram, bigram = subject.run.data.unigram_entropy, subject.run.data.bigram_entropy
     run = shortened(subject)
     state = new_state(run)
@@ -124,7 +124,7 @@ def short_run(subject: Subject) -> Result:
 
 
 def shortened(subject: Subject) -> Run:
-    """The user's run with small batches, and its schedule pressed into SHORT_STEPS steps."""
+    """The user's run with small batches, at its peak rate after a short warmup."""
     run, tokens = subject.run, min(SHORT_TOKENS, int(SHORT_FLOPS / (6 * subject.weights)))
     rows = max(1, min(run.config.train.batch_size, tokens // run.config.model.block_size))
     warmup = 20 if run.config.schedule.warmup_steps else 0

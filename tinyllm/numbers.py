@@ -1,17 +1,18 @@
 """Numbers for people: a few digits and a unit."""
 
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
-def amount(value: float) -> str:
-    """1234567 as `1.23 M`, 12 as `12 `: a unit may follow."""
-    for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:.3g} "
+
+def amount(value: float, unit: str = "") -> str:
+    """1234567 as `1.23 M`, with a unit as `1.23 Mtokens`; 12 as `12`."""
+    # 999.9 is 1 k: three digits of it are 1000.
+    scale, prefix = next((pair for pair in PREFIXES if value >= 0.9995 * pair[0]), (1.0, ""))
+    return f"{value / scale:.3g} {prefix}{unit}".rstrip()
 
 
 def size_of(count: float) -> str:
     """Bytes as `1.23 GB` (10^9)."""
-    return f"{amount(count)}B"
+    return amount(count, "B")
 
 
 def lasting(seconds: float) -> str:
