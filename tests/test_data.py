@@ -1,5 +1,6 @@
 """Token files by hand, and batches and evaluation windows against naive Python."""
 
+import hashlib
 import struct
 import threading
 import time
@@ -15,6 +16,7 @@ from tinyllm.data import (
     BatchSource,
     TokenWriter,
     document_windows,
+    ids_hash,
     open_tokens,
     permuted,
     prefetch,
@@ -42,9 +44,11 @@ def test_the_bytes_of_a_token_file(tmp_path, vocab_size, itemsize, code):
         out.write(ids[:3], text_bytes=5)
         out.write(np.array(ids[3:]), text_bytes=4)
         out.write([], text_bytes=0)
-    expected = b"tinyllm\n" + struct.pack("<I", 1) + struct.pack("<I", itemsize) + struct.pack("<Q", 4)
+    packed = struct.pack(f"<4{code}", *ids)
+    expected = b"tinyllm\n" + struct.pack("<I", 2) + struct.pack("<I", itemsize) + struct.pack("<Q", 4)
     expected += struct.pack("<Q", 9) + struct.pack("<I", vocab_size) + bytes(range(32))
-    expected += bytes(128 - len(expected)) + struct.pack(f"<4{code}", *ids)
+    expected += hashlib.sha256(hashlib.sha256(packed).digest()).digest()
+    expected += bytes(128 - len(expected)) + packed
     assert (tmp_path / "a.bin").read_bytes() == expected
     tokens, header = open_tokens(tmp_path / "a.bin")
     assert tokens.tolist() == ids
@@ -57,6 +61,36 @@ def test_the_bytes_of_a_token_file(tmp_path, vocab_size, itemsize, code):
 def test_an_empty_token_file(tmp_path):
     tokens, header = open_tokens(write(tmp_path / "a.bin", []))
     assert (len(tokens), tokens.dtype, header.count) == (0, np.uint16, 0)
+    assert ids_hash(tmp_path / "a.bin") == header.ids_hash
+
+
+@pytest.mark.parametrize("count", [1, 1 << 19, (1 << 19) + 1, 3 * (1 << 19) + 77])
+def test_the_hash_of_the_ids_is_that_of_its_pieces(tmp_path, count):
+    """However they come: of each MiB, and what is left, the SHA-256; and of these."""
+    rng = np.random.default_rng(count)
+    ids = rng.integers(100, size=count)
+    with TokenWriter(tmp_path / "a.bin", vocab_size=100, tokenizer_hash=HASH) as out:
+        for part in np.split(ids, np.sort(rng.integers(count, size=5))):
+            out.write(part, 0)
+    raw = ids.astype("<u2").tobytes()
+    pieces = [hashlib.sha256(raw[first : first + (1 << 20)]).digest() for first in range(0, len(raw), 1 << 20)]
+    assert read_header(tmp_path / "a.bin").ids_hash == hashlib.sha256(b"".join(pieces)).hexdigest()
+    assert ids_hash(tmp_path / "a.bin") == out.header.ids_hash
+
+
+def test_each_changed_id_is_noticed(tmp_path):
+    path = write(tmp_path / "a.bin", [1, 2, 3, 4, 5])
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            same = ids_hash(path) == read_header(path).ids_hash
+        except DataError:
+            assert bit < 8 * HEADER_SIZE
+        else:  # the other fields of the header are compared with meta.json, by `prepare.reopen`
+            assert not same or 24 * 8 <= bit < 68 * 8, bit
 
 
 @pytest.mark.parametrize(("ids", "shown"), [([3, 100], "3 to 100"), ([-1, 5], "-1 to 5"), ([1 << 40], str(1 << 40))])
@@ -96,8 +130,9 @@ def changed(at, new):
         (lambda data: b"", "not a token file of tinyllm"),
         (lambda data: np.arange(500, dtype=np.uint16).tobytes(), "not a token file of tinyllm"),  # nanoGPT's
         (changed(0, b"T"), "not a token file of tinyllm"),
-        (changed(8, b"\2"), "token file of version 2; this tinyllm reads version 1"),
-        (changed(12, b"\3"), "token file of version 1; this tinyllm reads version 1"),
+        (changed(8, b"\1"), "token file of version 1; this tinyllm reads version 2"),
+        (changed(12, b"\3"), "damaged: its header is not one that we write"),
+        (changed(127, b"\1"), "damaged: its header is not one that we write"),
         (changed(12, b"\4"), "the header says 5 tokens, the file holds 2.5"),
         (changed(16, b"\6"), "the header says 6 tokens, the file holds 5.0"),
     ],

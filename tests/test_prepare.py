@@ -317,10 +317,15 @@ def damage_pair():
     shutil.copy("data/train.bin", "data/val.bin")
 
 
-def damage_hash():
-    data = bytearray(Path("data/val.bin").read_bytes())
-    data[40] ^= 1
-    Path("data/val.bin").write_bytes(data)
+def damage_meta():
+    text = Path("data/meta.json").read_text()
+    Path("data/meta.json").write_text(text.replace('"unigram_entropy": ', '"unigram_entropy": 1'))
+
+
+def flip(name, at):
+    data = bytearray(Path(name).read_bytes())
+    data[at] ^= 1
+    Path(name).write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -328,14 +333,20 @@ def damage_hash():
     [
         (lambda: Path("data/meta.json").unlink(), "meta.json: no prepared data"),
         (lambda: Path("data/meta.json").write_text("{"), "meta.json: damaged"),
-        (lambda: Path("data/meta.json").write_text('{"version": 1}'), "meta.json: damaged: KeyError"),
-        (lambda: Path("data/meta.json").write_text('{"version": 0}'), "format: 0 -> 1"),
+        (lambda: Path("data/meta.json").write_text("[" * 100_000), "meta.json: damaged"),
+        (lambda: Path("data/meta.json").write_text('{"version": 2}'), "meta.json: damaged: KeyError"),
+        (lambda: Path("data/meta.json").write_text('{"version": 1}'), "format: 1 -> 2"),
+        (damage_meta, "meta.json: damaged: ValueError: another SHA-256"),
         (lambda: Path("data/tokenizer.json").unlink(), "tokenizer.json: no prepared data"),
         (lambda: Path("data/val.bin").unlink(), "val.bin: no such token file"),
         (lambda: Path("data/train.bin").write_bytes(b"x"), "train.bin: not a token file"),
         (damage_tokenizer, "tokenizer.json: it has been changed"),
         (damage_pair, "val.bin: it belongs to another preparation"),
-        (damage_hash, "val.bin: it belongs to another preparation"),
+        (lambda: flip("data/val.bin", 24), "val.bin: it belongs to another preparation"),  # bytes of text
+        (lambda: flip("data/val.bin", 40), "val.bin: it belongs to another preparation"),  # the tokenizer's hash
+        (lambda: flip("data/val.bin", 70), "val.bin: it belongs to another preparation"),  # the hash of the ids
+        (lambda: flip("data/train.bin", 128), "train.bin: damaged: its ids are not those that were written"),
+        (lambda: flip("data/val.bin", -2), "val.bin: damaged: its ids are not those that were written"),
     ],
 )
 def test_damage_is_named_and_repaired(here, damage, message):
@@ -347,6 +358,26 @@ def test_damage_is_named_and_repaired(here, damage, message):
     assert "tinyllm prepare run.toml" in error.value.fix
     assert run(config()).reasons != ()
     open_prepared(config())
+
+
+def test_a_file_of_the_same_size_from_another_preparation(here):
+    """The same settings, tokenizer and sizes, another text: the headers alone tell."""
+    run(config(tokenizer="byte"))
+    old = Path("data/train.bin").read_bytes()
+    Path("a.txt").write_text(TEXT.replace("quick", "slow_"))
+    run(config(tokenizer="byte"))
+    assert len(old) == Path("data/train.bin").stat().st_size
+    Path("data/train.bin").write_bytes(old)
+    with pytest.raises(DataError, match=r"train\.bin: it belongs to another preparation"):
+        open_prepared(config(tokenizer="byte"))
+
+
+def test_large_files_are_read_by_prepare_alone(here, monkeypatch):
+    monkeypatch.setattr(prep, "READ_AT_ONCE", 100)
+    run(config())
+    flip("data/train.bin", 1000)
+    open_prepared(config())
+    assert run(config()).reasons == ("data/train.bin: damaged: its ids are not those that were written",)
 
 
 def test_is_prepared(here):

@@ -5,6 +5,7 @@ A token file is a 128-byte header (see `Header`) followed by token ids, little-e
     with TokenWriter("data/train.bin", vocab_size=65, tokenizer_hash=hash) as out:
         out.write([1, 2, 3], text_bytes=3)
     tokens, header = open_tokens("data/train.bin")          # memory-mapped: costs nothing until it is read
+    ids_hash("data/train.bin") == header.ids_hash           # whether the ids are those that were written
     source = BatchSource(train=tokens, val=..., block_size=64, batch_size=12, seed=1337)
     inputs, targets = source.batch(step=0)                  # each (batch_size, block_size), int64
 
@@ -12,11 +13,12 @@ A token file is a 128-byte header (see `Header`) followed by token ids, little-e
 prepared ahead, and micro-batches are slices of the global batch. NumPy only; the engine turns arrays into tensors.
 """
 
+import hashlib
 import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,9 +29,11 @@ import numpy as np
 from tinyllm.errors import DataError
 
 MAGIC = b"tinyllm\n"
-VERSION = 1
-HEADER_FORMAT = "<8sIIQQI32s"  # magic, version, bytes a token, tokens, bytes of text, vocabulary, tokenizer's SHA-256
+VERSION = 2  # 1 had no hash of the ids
+# Magic, version, bytes a token, tokens, bytes of text, vocabulary, tokenizer's SHA-256, hash of the ids.
+HEADER_FORMAT = "<8sIIQQI32s32s"
 HEADER_SIZE = 128  # padded: room for later fields, and the ids stay aligned
+PIECE = 1 << 20  # bytes of ids that have a SHA-256 of their own, so that several cores can look at a file
 IGNORED = -100  # a target that does not count; torch's cross_entropy knows it by this number
 DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 T = TypeVar("T")
@@ -44,9 +48,11 @@ class Header:
     vocab_size: int
     tokenizer_hash: str  # SHA-256 of tokenizer.json, hexadecimal
     itemsize: int  # bytes a token: 2 up to 65,536 tokens in the vocabulary, else 4
+    ids_hash: str  # SHA-256 of the SHA-256s of each MiB of ids, hexadecimal
 
     def pack(self) -> bytes:
-        fields = (self.itemsize, self.count, self.text_bytes, self.vocab_size, bytes.fromhex(self.tokenizer_hash))
+        hashes = bytes.fromhex(self.tokenizer_hash), bytes.fromhex(self.ids_hash)
+        fields = (self.itemsize, self.count, self.text_bytes, self.vocab_size, *hashes)
         return struct.pack(HEADER_FORMAT, MAGIC, VERSION, *fields).ljust(HEADER_SIZE, b"\0")
 
 
@@ -59,6 +65,8 @@ class TokenWriter:
         self.vocab_size, self.tokenizer_hash = vocab_size, tokenizer_hash
         self.dtype = DTYPES[2 if vocab_size <= 1 << 16 else 4]
         self.count = self.text_bytes = 0
+        self.hashes: list[bytes] = []  # of the pieces written
+        self.rest = b""  # of the ids written, not yet a piece
 
     def __enter__(self) -> Self:
         self.file = open(self.aside, "wb")
@@ -71,7 +79,13 @@ class TokenWriter:
         if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
             what = f"token ids {array.min()} to {array.max()} do not fit the vocabulary of {self.vocab_size}"
             raise DataError(what, where=str(self.path))
-        self.file.write(array.astype(self.dtype).tobytes())
+        written = array.astype(self.dtype).tobytes()
+        self.file.write(written)
+        # Of what is meant, not of what the disk has made of it.
+        self.rest += written
+        end = len(self.rest) // PIECE * PIECE
+        self.hashes += [hashlib.sha256(self.rest[first : first + PIECE]).digest() for first in range(0, end, PIECE)]
+        self.rest = self.rest[end:]
         self.count += array.size
         self.text_bytes += text_bytes
 
@@ -91,7 +105,11 @@ class TokenWriter:
 
     @property
     def header(self) -> Header:
-        return Header(self.count, self.text_bytes, self.vocab_size, self.tokenizer_hash, self.dtype.itemsize)
+        """What the file says of itself, of what has been written so far."""
+        hashes = [*self.hashes, hashlib.sha256(self.rest).digest()] if self.rest else self.hashes
+        ids_hash = hashlib.sha256(b"".join(hashes)).hexdigest()
+        itemsize = self.dtype.itemsize
+        return Header(self.count, self.text_bytes, self.vocab_size, self.tokenizer_hash, itemsize, ids_hash)
 
 
 def read_header(path: str | Path) -> Header:
@@ -107,16 +125,36 @@ def read_header(path: str | Path) -> Header:
         raise DataError(f"cannot be read: {error.strerror}", where=where) from None
     if len(head) < HEADER_SIZE or not head.startswith(MAGIC):
         raise DataError("not a token file of tinyllm", where=where, fix=again)
-    fields = struct.unpack_from(HEADER_FORMAT, head)
-    _, version, itemsize, count, text_bytes, vocab_size, digest = fields
-    if version != VERSION or itemsize not in DTYPES:
-        raise DataError(
-            f"token file of version {version}; this tinyllm reads version {VERSION}", where=where, fix=again
-        )
+    _, version, itemsize, count, text_bytes, vocab_size, *hashes = struct.unpack_from(HEADER_FORMAT, head)
+    if version != VERSION:
+        what = f"token file of version {version}; this tinyllm reads version {VERSION}"
+        raise DataError(what, where=where, fix=again)
+    header = Header(count, text_bytes, vocab_size, hashes[0].hex(), itemsize, hashes[1].hex())
+    if itemsize not in DTYPES or head != header.pack():  # something where nothing is written
+        raise DataError("damaged: its header is not one that we write", where=where, fix=again)
     if size != HEADER_SIZE + count * itemsize:
         what = f"the header says {count:,} tokens, the file holds {(size - HEADER_SIZE) / itemsize:,.1f}"
         raise DataError(what, where=where, fix=again)
-    return Header(count, text_bytes, vocab_size, digest.hex(), itemsize)
+    return header
+
+
+def ids_hash(path: str | Path) -> str:
+    """The hash of the ids that are in a token file, whatever its header says. Raises DataError when it cannot be read.
+
+    Reads all of them, on all cores: two take 0.1 s for 100 MB.
+    """
+
+    def hash_of(first: int) -> bytes:
+        with open(path, "rb") as file:  # a disk that fails is an error here; under a memory map it is a crash
+            file.seek(first)
+            return hashlib.sha256(file.read(PIECE)).digest()
+
+    try:
+        with ThreadPoolExecutor() as pool:
+            hashes = b"".join(pool.map(hash_of, range(HEADER_SIZE, os.stat(path).st_size, PIECE)))
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    return hashlib.sha256(hashes).hexdigest()
 
 
 def open_tokens(path: str | Path) -> tuple[np.ndarray, Header]:
@@ -288,8 +326,20 @@ def windows(
     return rows[:, :-1], np.where(np.arange(size) < lengths[:, None], rows[:, 1:], IGNORED)
 
 
-def prefetch(make: Callable[[int], T], first: int, last: int, ahead: int) -> Iterator[T]:
-    """make(first), ..., make(last - 1), the next `ahead` of them prepared by a background thread."""
+def prefetch(
+    make: Callable[[int], T], first: int, last: int, ahead: int, should_stop: Callable[[], bool] = lambda: False
+) -> Iterator[T]:
+    """make(first), ..., make(last - 1), the next `ahead` of them prepared by a background thread.
+
+    Ends when asked to stop while it waits for one: a file may be on a disk that hangs.
+    """
+
+    def result(future: Future[T]) -> T | None:
+        while not wait([future], timeout=0.2).done:
+            if should_stop():
+                return None
+        return future.result()
+
     if ahead == 0:
         yield from map(make, range(first, last))
         return
@@ -298,9 +348,12 @@ def prefetch(make: Callable[[int], T], first: int, last: int, ahead: int) -> Ite
         try:
             for index in range(first, last):
                 waiting.append(pool.submit(make, index))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                if len(waiting) <= ahead:
+                    continue
+                if (made := result(waiting.popleft())) is None:
+                    return
+                yield made
+            while waiting and (made := result(waiting.popleft())) is not None:
+                yield made
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

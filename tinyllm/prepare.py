@@ -7,6 +7,9 @@
 `meta.json` holds the fingerprint, all that determines the result: the settings that matter and each input's
 SHA-256. Preparing again does nothing while it is the same, and says what changed when it is not. New files
 are made aside and take the place of the old ones all together, so that a kill leaves one or the other.
+
+It also holds the hash of each of the files, and of itself: one that is damaged, or of another preparation, is refused.
+Ids of more than a gigabyte are not read for that whenever they are opened, but by `tinyllm prepare` and `sanity` only.
 """
 
 import hashlib
@@ -27,16 +30,17 @@ from tokenizers import Tokenizer
 
 from tinyllm.baselines import Baselines, compare
 from tinyllm.config import DataConfig
-from tinyllm.data import TokenWriter, open_tokens, read_header
+from tinyllm.data import HEADER_SIZE, Header, TokenWriter, ids_hash, open_tokens, read_header
 from tinyllm.download import Meter, Progress, watched
 from tinyllm.errors import DataError
 from tinyllm.files import locked, write_text
 from tinyllm.sources import Input, Piece, divided, download, find_boundary, inputs, stats
 from tinyllm.tokenizer import KINDS, build, digest, encode_batch, end_of_text, to_json, token_bytes
 
-VERSION = 1  # of meta.json and of what is done here: a change of either prepares everything again
+VERSION = 2  # of meta.json and of what is done here: a change of either prepares everything again
 FILES = ("tokenizer.json", "train.bin", "val.bin", "meta.json")  # in the order they are moved
 ASIDE, READY = ".preparing-", ".prepared"
+READ_AT_ONCE = 1 << 30  # bytes of a token file up to which it is read whenever it is opened, to see if it is whole
 BATCH = 1 << 19  # characters tokenized at once; by characters that takes about 100 bytes of memory each
 
 
@@ -48,6 +52,7 @@ class Split:
     text_bytes: int
     characters: int
     documents: int
+    ids_hash: str  # as in the file's header
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def prepare(config: DataConfig, *, force: bool = False) -> Iterator[Progress | P
     changes = ["new"]
     if is_prepared(config):
         try:
-            prepared, changes = reopen(config)
+            prepared, changes = reopen(config, thorough=True)
         except DataError as error:
             changes = [str(error).partition("\n")[0]]
         if not changes and not force:
@@ -128,8 +133,11 @@ def open_prepared(config: DataConfig) -> Prepared:
     return prepared
 
 
-def reopen(config: DataConfig) -> tuple[Prepared | None, list[str]]:
-    """What is in `data.dir`, and how config and inputs differ from what made it. Raises DataError."""
+def reopen(config: DataConfig, thorough: bool = False) -> tuple[Prepared | None, list[str]]:
+    """What is in `data.dir`, and how config and inputs differ from what made it. Raises DataError.
+
+    `thorough`: look at all the ids of a large file too.
+    """
     folder = Path(config.dir)
     where, again = str(folder / "meta.json"), "`tinyllm prepare run.toml --force` prepares the data again"
     try:
@@ -137,6 +145,8 @@ def reopen(config: DataConfig) -> tuple[Prepared | None, list[str]]:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["version"] != VERSION:
             return None, [f"format: {meta['version']} -> {VERSION}"]
+        if meta.pop("sha256") != digest(json.dumps(meta)):
+            raise ValueError("another SHA-256")
         tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
         report, files = meta["report"], meta["files"]
         report |= {"dir": config.dir, "tokenizer_json": tokenizer_json, "fingerprint": meta["fingerprint"]}
@@ -146,15 +156,20 @@ def reopen(config: DataConfig) -> tuple[Prepared | None, list[str]]:
         missing = Path(error.filename)
         fix = "`tinyllm prepare run.toml` makes it" if missing.name == "meta.json" else again
         raise DataError("no prepared data: there is no such file", where=str(missing), fix=fix) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"damaged: {type(error).__name__}: {error}", where=where, fix=again) from None
     if digest(tokenizer_json) != prepared.tokenizer_hash:
         what = "it has been changed since the data was prepared"
         raise DataError(what, where=str(folder / "tokenizer.json"), fix=again)
     for name, split in (("train.bin", prepared.train), ("val.bin", prepared.val)):
-        header = read_header(folder / name)
-        if (header.tokenizer_hash, header.count) != (prepared.tokenizer_hash, split.tokens):
-            raise DataError("it belongs to another preparation", where=str(folder / name), fix=again)
+        path = folder / name
+        header = read_header(path)
+        of_split = split.tokens, split.text_bytes, prepared.vocab_size, prepared.tokenizer_hash
+        if header != Header(*of_split, header.itemsize, split.ids_hash):
+            raise DataError("it belongs to another preparation", where=str(path), fix=again)
+        is_small = path.stat().st_size <= HEADER_SIZE + READ_AT_ONCE
+        if (thorough or is_small) and ids_hash(path) != header.ids_hash:
+            raise DataError("damaged: its ids are not those that were written", where=str(path), fix=again)
     return prepared, differences(prepared.fingerprint, fingerprint(config, files))
 
 
@@ -255,9 +270,15 @@ def write_all(config: DataConfig, folder: Path) -> Generator[Progress, None, Pre
     report = asdict(prepared)
     for elsewhere in ("dir", "tokenizer_json", "fingerprint", "reasons"):
         del report[elsewhere]
-    meta = {"version": VERSION, "fingerprint": prepared.fingerprint, "files": known, "report": report}
-    write_text(folder / "meta.json", json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
+    write_meta(folder, {"version": VERSION, "fingerprint": prepared.fingerprint, "files": known, "report": report})
     return prepared
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Write meta.json, with the hash of all that it says."""
+    meta = {key: value for key, value in meta.items() if key != "sha256"}
+    sealed = meta | {"sha256": digest(json.dumps(meta))}
+    write_text(folder / "meta.json", json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
 
 
 def batches(parts: Iterator[tuple[str, Piece]]) -> Iterator[tuple[str, list[Piece]]]:
@@ -295,7 +316,10 @@ def write_tokens(
             for piece in batch if split == "val" else ():
                 log_prob = None if log_prob is None or piece.log_prob is None else log_prob + piece.log_prob
             yield Progress("writing tokens", train.text_bytes + val.text_bytes, total)
-    made = {s: Split(w.count, w.text_bytes, characters[s], documents[s]) for s, w in writers.items()}
+    made = {
+        name: Split(out.count, out.text_bytes, characters[name], documents[name], out.header.ids_hash)
+        for name, out in writers.items()
+    }
     return made, log_prob
 
 

@@ -129,7 +129,7 @@ def from_json(text: str, where: str = "") -> Tokenizer:
 
 
 def digest(json_text: str) -> str:
-    """SHA-256 of a tokenizer.json, hexadecimal: what a token file's header records."""
+    """SHA-256 of a JSON text, hexadecimal: what a token file's header records of its tokenizer.json."""
     return hashlib.sha256(json_text.encode()).hexdigest()
 
 

@@ -2,17 +2,22 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from planted.bug import bug
-from tinyllm.data import HEADER_SIZE, open_tokens
+from tinyllm.data import HEADER_SIZE, ids_hash, open_tokens, read_header
+from tinyllm.prepare import write_meta
 from tinyllm.tokenizer import digest, end_of_text, from_json, token_bytes
 
 
-def rewrite(path: Path, change, *, counted: bool = False) -> None:
-    """Replace the ids of a token file by `change` of them. `counted`: what is written about them is still true."""
+def rewrite(path: Path, change, *, counted: bool = False, hashed: bool = True) -> None:
+    """Replace the ids of a token file by `change` of them, with their hash, as a script of one's own would write them.
+
+    `counted`: what is written about them is true of the new ones. `hashed`: false for a file that was damaged later.
+    """
     ids = np.array(open_tokens(path)[0])
     head, new = bytearray(path.read_bytes()[:HEADER_SIZE]), change(ids).astype(ids.dtype)
     if counted:
@@ -22,8 +27,14 @@ def rewrite(path: Path, change, *, counted: bool = False) -> None:
         meta = json.loads((path.parent / "meta.json").read_text())
         documents = int((new == end_of_text(tokenizer)).sum())
         meta["report"][path.stem] |= {"text_bytes": text_bytes, "characters": text_bytes, "documents": documents}
-        (path.parent / "meta.json").write_text(json.dumps(meta))
+        write_meta(path.parent, meta)
     path.write_bytes(head + new.tobytes())
+    if hashed:
+        header = replace(read_header(path), ids_hash=ids_hash(path))
+        path.write_bytes(header.pack() + new.tobytes())
+        meta = json.loads((path.parent / "meta.json").read_text())
+        meta["report"][path.stem]["ids_hash"] = header.ids_hash
+        write_meta(path.parent, meta)
 
 
 def swap_bytes(folder: Path) -> None:
@@ -73,7 +84,11 @@ def shuffled_later(folder: Path) -> None:
         half = len(ids) // 2
         return np.concatenate([ids[:half], np.random.default_rng(0).permutation(ids[half:])])
 
-    rewrite(folder / "train.bin", later)
+    rewrite(folder / "train.bin", later, hashed=False)
+
+
+def one_flipped_bit(folder: Path) -> None:
+    rewrite(folder / "val.bin", lambda ids: ids ^ (np.arange(len(ids)) == len(ids) // 2), hashed=False)
 
 
 def other_ids(folder: Path) -> None:
@@ -94,7 +109,7 @@ def tokenizer_retrained(folder: Path) -> None:
     new = digest((folder / "tokenizer.json").read_text())
     meta = json.loads((folder / "meta.json").read_text())
     old = meta["report"]["tokenizer_hash"]
-    (folder / "meta.json").write_text(json.dumps(meta).replace(old, new))
+    write_meta(folder, json.loads(json.dumps(meta).replace(old, new)))
     for name in ("train.bin", "val.bin"):
         path = folder / name
         path.write_bytes(path.read_bytes().replace(bytes.fromhex(old), bytes.fromhex(new), 1))
@@ -161,8 +176,14 @@ BUGS = [
     bug(
         "the second half of the tokens shuffled",
         "damaged from the middle on",
-        "as prepared",
+        "refused",
         damage=shuffled_later,
+    ),
+    bug(
+        "one bit of the validation flipped",
+        "a disk that is about to fail",
+        "refused",
+        damage=one_flipped_bit,
     ),
     bug(
         "tokenizer replaced",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm.baselines import WINDOW, window_hashes
-from tinyllm.data import BatchSource, read_header
+from tinyllm.data import BatchSource, ids_hash, read_header
 from tinyllm.errors import DataError
 from tinyllm.sanity.result import Result, failed, passed, skipped, warned
 from tinyllm.sanity.subject import COMPARED, Subject
@@ -168,7 +168,11 @@ def overlap(subject: Subject) -> Result:
 
 
 def as_prepared(subject: Subject) -> Result:
-    """What counting pairs of tokens says of the files is what it said when they were made."""
+    """The ids have the hash that they were written with, and counting pairs of them says what it said then."""
+    for path in (Path(subject.run.data.dir) / f"{name}.bin" for name in ("train", "val")):
+        if ids_hash(path) != read_header(path).ids_hash:  # of more than a gigabyte nobody else has read them all
+            diagnosis = f"the ids of {path.name} are not those that were written: damaged or replaced"
+            return failed("another SHA-256", "that of its header", diagnosis, PREPARE)
     if max(len(tokens) for tokens in subject.tokens.values()) > COMPARED:
         return skipped("the files are too large to count again")
     found, before = subject.comparison, subject.run.data
