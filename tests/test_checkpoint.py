@@ -1,7 +1,6 @@
 """Checkpoints: what goes in comes out, a kill leaves a whole file, and no file runs code."""
 
 import io
-import json
 import math
 import os
 import pickle
@@ -17,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tinyllm import archive
 from tinyllm import checkpoint as ckpt
-from tinyllm.checkpoint import Checkpoint, find, load, save
+from tinyllm.checkpoint import BEST, LATEST, Checkpoint, find, load, save
 from tinyllm.config import RunConfig, check, to_dict
 from tinyllm.errors import CheckpointError
 
@@ -42,8 +42,10 @@ def example(step=3, size=8):
         optimizer=moments,
         tokenizer='{"é": "日本"}',
         data={"train": "abc", "n": 5, "entropy": None},
-        val_loss=2.5,
         model_source="5e1f",
+        environment={"torch": "2.13"},
+        recent_losses=[2.5, math.inf],
+        changes=[{"step": 2, "what": "torch", "from": "2.12", "to": "2.13"}],
     )
 
 
@@ -81,7 +83,6 @@ def test_round_trip(tmp_path):
     after = load(tmp_path / "new" / "folder" / "ckpt.pt")
     for f in fields(Checkpoint):
         assert same(getattr(before, f.name), getattr(after, f.name)), f.name
-    assert after.versions == {"torch": str(torch.__version__)}
     assert check(after.config) == RunConfig()
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["ckpt.pt"]
 
@@ -210,12 +211,14 @@ def test_a_payload_is_refused_and_not_run(tmp_path):
     assert marker.exists(), "the payload works"
     marker.unlink()
     torch.save(record(data=Payload(marker)), tmp_path / "a.pt")
-    assert "nothing of it was run" in assert_refused(tmp_path / "a.pt")
+    said = assert_refused(tmp_path / "a.pt")
+    assert said.endswith("open', and could run code; nothing of it was run"), "what it asks for is named"
     torch.save(record(data=Payload(marker)), tmp_path / "b.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "c.pt").write_bytes(pickle.dumps(Payload(marker)))
     (tmp_path / "d.pt").write_bytes(pickle.dumps(Payload(marker), protocol=0))
-    for name in "bcd":
-        assert assert_refused(tmp_path / f"{name}.pt") == "not a tinyllm checkpoint: not a file of torch.save"
+    for name in "bc":
+        assert assert_refused(tmp_path / f"{name}.pt") == "not a tinyllm checkpoint: a pickle, which could run code"
+    assert assert_refused(tmp_path / "d.pt") == "not a tinyllm checkpoint: not a file of torch.save"
     assert not marker.exists()
 
 
@@ -235,10 +238,9 @@ def zipped(**files):
         b'{"a": 1}',
         b"[train]\nmax_steps = 3\n",
         bytes(1000),
-        pickle.dumps({"step": 1}),
         b"\x1f\x8b\x08",
     ],
-    ids=["empty", "text", "json", "toml", "zeros", "pickle", "gzip"],
+    ids=["empty", "text", "json", "toml", "zeros", "gzip"],
 )
 def test_files_of_another_kind(tmp_path, content, recwarn):
     (tmp_path / "a.pt").write_bytes(content)
@@ -261,8 +263,9 @@ def test_zip_files_of_another_kind(tmp_path):
         (torch.ones(3), "not a tinyllm checkpoint"),
         ([1, 2], "not a tinyllm checkpoint"),
         (record(format="other"), "not a tinyllm checkpoint"),
-        (record(version=1), "a checkpoint of version 1; this tinyllm reads version 2"),
-        (record(version=KeyError), "a checkpoint of version None; this tinyllm reads version 2"),
+        (record(version=1), "a checkpoint of version 1; this tinyllm reads 2 and 3"),
+        (record(version=KeyError), "a checkpoint of version None; this tinyllm reads 2 and 3"),
+        (record(version=3), "damaged: its seal, the file's last bytes, is missing"),
         (
             record(step=KeyError, tokenizer=KeyError),
             "a damaged checkpoint: these parts are missing or unknown: step, tokenizer",
@@ -290,25 +293,55 @@ def test_truncated_anywhere(tmp_path):
 
 
 def test_damaged_bits_are_noticed(tmp_path):
-    """Not one flipped bit of a tensor or of the record gets through: the checksums are looked at."""
+    """Not one flipped bit of the file gets through, wherever it is; the torture flips thousands."""
     path = tmp_path / "ckpt.pt"
-    before = example(size=500)
-    save(path, before)
+    save(path, example(size=500))
     whole, rng = path.read_bytes(), random.Random(4)
     for _ in range(150):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
-        try:
-            after = load(path)
-        except CheckpointError:
-            continue
-        assert same(before.model, after.model)  # it was in the padding
-        assert same(before.optimizer, after.optimizer)
-        assert json.dumps(before.config) == json.dumps(after.config)
-    weights = whole.index(before.model["wte"].numpy().tobytes())
+        assert_refused(path)
+    weights = whole.index(example(size=500).model["wte"].numpy().tobytes())
     path.write_bytes(whole[:weights] + bytes([whole[weights] ^ 1]) + whole[weights + 1 :])
-    assert "has another checksum" in assert_refused(path)
+    assert assert_refused(path) == "damaged: it is not what was sealed (another SHA-256)"
+
+
+def test_version_2_is_read(tmp_path):
+    """It had no seal; the zip file's own checksums tell what is damaged."""
+    now = example()
+    held = record(version=2, environment=KeyError, recent_losses=KeyError, changes=KeyError)
+    torch.save(held | {"val_loss": 2.5, "versions": {"torch": "2.13"}}, tmp_path / "a.pt")
+    before = load(tmp_path / "a.pt")
+    for f in fields(Checkpoint):
+        if f.name not in ("recent_losses", "changes"):
+            assert same(getattr(before, f.name), getattr(now, f.name)), f.name
+    assert before.recent_losses == before.changes == []
+    content = (tmp_path / "a.pt").read_bytes()
+    weights = content.index(now.model["wte"].numpy().tobytes())
+    (tmp_path / "a.pt").write_bytes(content[:weights] + bytes([content[weights] ^ 1]) + content[weights + 1 :])
+    assert "has another checksum" in assert_refused(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("step", "3", "step is a str, not a int"),
+        ("step", True, "step is a bool, not a int"),
+        ("step", -1, "step -1, vocabulary 8"),
+        ("vocab_size", 0, "step 3, vocabulary 0"),
+        ("best_val_loss", 2, "best_val_loss is a int, not a float"),
+        ("model", [], "model is a list, not a dict"),
+        ("model", {"wte": 1.0}, "model.wte is a float, not a Tensor"),
+        ("optimizer", {"wte": torch.ones(1)}, "optimizer.wte is a Tensor, not a dict"),
+        ("recent_losses", [1], "recent_losses.0 is a int, not a float"),
+        ("tokenizer", None, "tokenizer is a NoneType, not a str"),
+        ("changes", [[]], "changes.0 is a list, not a dict"),
+    ],
+)
+def test_fields_of_another_kind(tmp_path, field, value, message):
+    archive.write(tmp_path / "a.pt", record(**{"version": 3, field: value}), step=3)
+    assert assert_refused(tmp_path / "a.pt") == f"a damaged checkpoint: {message}"
 
 
 def test_missing_files_and_folders(tmp_path):
@@ -334,10 +367,35 @@ def test_find_prefers_the_best_then_the_latest(tmp_path):
     (tmp_path / "ckpt.pt.tmp").write_text("of a save that was killed")
     with pytest.raises(CheckpointError):
         find(tmp_path)
-    (tmp_path / "ckpt.pt").write_text("")
-    assert find(tmp_path) == tmp_path / "ckpt.pt"
     (tmp_path / "best.pt").rmdir()
-    (tmp_path / "best.pt").write_text("")
-    assert find(str(tmp_path)) == tmp_path / "best.pt"
-    assert find(tmp_path / "ckpt.pt") == tmp_path / "ckpt.pt"
-    assert find(tmp_path / "other.pt") == tmp_path / "other.pt"  # load says that it is not there
+    steps = {"best-1.pt": 1, "best.pt": 2, "ckpt-4.pt": 4, "ckpt.pt": 5}
+    for name, step in steps.items():
+        save(tmp_path / name, example(step))
+    orders = {BEST: ["best.pt", "best-1.pt", "ckpt.pt", "ckpt-4.pt"]}
+    orders[LATEST] = ["ckpt.pt", "ckpt-4.pt", "best.pt", "best-1.pt"]
+    for wanted, order in orders.items():
+        contents = {name: (tmp_path / name).read_bytes() for name in order}
+        for number, name in enumerate(order):
+            found = find(str(tmp_path), wanted)
+            assert (found.path, found.checkpoint.step) == (tmp_path / name, steps[name])
+            assert [error.where for error in found.passed_over] == [str(tmp_path / other) for other in order[:number]]
+            damaged = bytearray(contents[name])
+            damaged[len(damaged) // 2] ^= 1
+            (tmp_path / name).write_bytes(damaged)
+        for name, content in contents.items():
+            (tmp_path / name).write_bytes(content)
+    assert find(tmp_path / "ckpt-4.pt").checkpoint.step == 4
+
+
+def test_a_damaged_file_points_to_the_newest_good_one(tmp_path):
+    for name, step in {"best.pt": 2, "ckpt-4.pt": 4, "ckpt.pt": 5}.items():
+        save(tmp_path / name, example(step))
+    (tmp_path / "ckpt.pt").write_bytes(b"PK")
+    with pytest.raises(CheckpointError) as error:
+        find(tmp_path / "ckpt.pt")
+    assert error.value.where == str(tmp_path / "ckpt.pt")
+    assert error.value.fix == f"the newest good one beside it: {tmp_path}/ckpt-4.pt, of step 4"
+    (tmp_path / "ckpt-4.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError) as error:
+        find(tmp_path / "ckpt.pt")
+    assert error.value.fix.endswith("best.pt, of step 2")

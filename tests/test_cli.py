@@ -16,12 +16,14 @@ import pytest
 import torch
 
 import tinyllm
-from tinyllm.cli import stop_on_signals
+from tinyllm.archive import is_whole
 from tinyllm.config import load, to_toml
 from tinyllm.examples import read_example
+from tinyllm.process import Interrupted, stop_on_signals
 
 SCRIPT = Path(sys.executable).with_name("tinyllm")
 TINYLLM = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-m", "tinyllm"]
+FOLDER = ["best-N.pt", "best.pt", "ckpt-375.pt", "ckpt.pt", "metrics.jsonl", "run.toml"]  # of the whole run
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and pseudo-terminals of POSIX")
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(300))
 CONFIG = """
@@ -136,7 +138,7 @@ def test_help_is_instant_and_names_every_command(tmp_path):
         ("sanity", ["--set", "--only", "--skip", "--quick", "--list", "--json", "--out"]),
         ("plot-lr", ["--set", "--out"]),
         ("train", ["--set", "--overwrite", "--no-sanity"]),
-        ("resume", ["--set", "out/ckpt.pt"]),
+        ("resume", ["--set", "newest that is whole"]),
         ("eval", ["--set", "--windows"]),
         ("sample", ["--prompt", "--prompt-file", "--temperature", "--top-k", "--top-p", "--seed", "--device"]),
     ],
@@ -234,7 +236,7 @@ def test_sanity_passes_a_good_run_and_fails_a_bad_one(home):
     assert re.search(r"^x peak rate", out, re.M)
     assert re.search(r"^ +expected .*\n +diagnosis .*\n +fix ", out, re.M)
     assert re.search(r"\d failed", out)
-    assert files(home / "out") == ["best.pt", "ckpt.pt", "metrics.jsonl", "run.toml"], "the run is not touched"
+    assert [re.sub(r"best-\d+", "best-N", name) for name in files(home / "out")] == FOLDER, "the run is not touched"
 
 
 # ---- train ----
@@ -259,7 +261,7 @@ def test_train_tells_results_from_progress(home):
 
 
 def test_train_leaves_a_complete_folder(home):
-    assert files(home / "out") == ["best.pt", "ckpt.pt", "metrics.jsonl", "run.toml"]
+    assert [re.sub(r"best-\d+", "best-N", name) for name in files(home / "out")] == FOLDER
     assert files(home / "data") == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
     rows = metrics(home / "out")
     assert [row["step"] for row in rows if row["event"] == "step"] == list(range(1, 401))
@@ -304,7 +306,7 @@ def test_a_signal_saves_and_says_how_to_go_on(interrupted):
     for number, code, out, err, saved in stops[:3]:
         assert code == 128 + number
         assert out == ""
-        assert f"stopped at step {saved:,}; it is saved, go on with: tinyllm resume '{folder}/ckpt.pt'" in err
+        assert f"stopped at step {saved:,}; it is saved, go on with: tinyllm resume '{folder}'" in err
         assert "Traceback" not in err
     assert [code for _, code, *_ in stops] == [130, 143, 129, -9]
     assert 0 < stops[0][4] < stops[1][4] < stops[2][4] <= stops[3][4] < 400, "each stop was in the middle"
@@ -320,16 +322,28 @@ def test_a_run_that_was_stopped_and_killed_is_the_run_that_never_was(home, inter
 
 
 @posix
-def test_a_second_signal_is_not_caught(capfd):
+def test_a_second_signal_is_not_caught():
     """Here in this process, because elsewhere it might come after the save."""
     before = signal.getsignal(signal.SIGTERM)
-    with stop_on_signals() as caught:
+    said = []
+    with stop_on_signals(said.append) as stop:
+        assert not stop()
         os.kill(os.getpid(), signal.SIGINT)
-        assert caught == [signal.SIGINT]
-        assert "again to quit at once" in capfd.readouterr().err
+        assert (stop(), stop.signal) == (True, signal.SIGINT)
+        assert "again to quit at once" in said[0]
         assert signal.getsignal(signal.SIGTERM) is before
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@posix
+def test_a_signal_before_anybody_asks_ends_it_at_once():
+    """Nobody asks whether to stop while torch compiles; and there is nothing to save."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted), stop_on_signals(print) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @posix
@@ -343,7 +357,11 @@ def test_ctrl_c_twice_quits_and_leaves_nothing_half_written(home, tmp_path, wait
     _, err = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT)  # the latter on the way out
     assert b"Traceback" not in err
-    assert files(tmp_path / "out") == ["best.pt", "ckpt.pt", "metrics.jsonl", "run.toml"]
+    left = [name for name in files(tmp_path / "out") if not name.endswith(".tmp")]  # it may be killed in a save
+    assert {"best.pt", "ckpt.pt", "metrics.jsonl", "run.toml"} <= {*left}
+    for name in left:
+        if name.endswith(".pt"):
+            assert is_whole(tmp_path / "out" / name)
     assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] >= 25
 
 
@@ -364,7 +382,7 @@ def test_a_run_is_not_overwritten_by_accident(home, tmp_path):
     args = ("train", "--set", f"train.out_dir={tmp_path}/out")
     _, err = tiny(*args, cwd=home, code=2)
     assert f"{tmp_path}/out/: already holds a run" in err
-    assert all(way in err for way in (f"`tinyllm resume {tmp_path}/out/ckpt.pt`", "--overwrite", "train.out_dir=..."))
+    assert all(way in err for way in (f"`tinyllm resume {tmp_path}/out`", "--overwrite", "train.out_dir=..."))
     # That the new run cannot start is found before the old one is deleted.
     _, err = tiny(*args, "--overwrite", "--set", "model.vocab_size=3", cwd=home, code=2)
     assert "model.vocab_size" in err

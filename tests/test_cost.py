@@ -16,7 +16,8 @@ from tinyllm import runtime as rt
 from tinyllm.config import to_dict
 from tinyllm.engine import new_state, train
 from tinyllm.errors import DataError, is_out_of_memory
-from tinyllm.folder import record, write_config
+from tinyllm.folder import write_config
+from tinyllm.metrics import record
 from tinyllm.numbers import amount, lasting, size_of
 from tinyllm.sanity import cost
 from tinyllm.sanity import measure as measuring
@@ -103,11 +104,29 @@ def test_an_epoch_of_aligned_documents(make_run):
 def test_the_disk_that_a_run_takes(make_run, name, recipe):
     run = make_run(f"optim.name={name}", recipe=recipe)
     values = cost.disk(Subject(run)).values
-    sizes = {path.name: path.stat().st_size for path in finish(run).iterdir()}
+    files = {path.name: path.stat() for path in finish(run).iterdir()}
+    sizes = {name: file.st_size for name, file in files.items()}
+    on_disk = {file.st_ino: file.st_size for file in files.values()}  # the latest and the best share a file
     assert values["checkpoint_bytes"] == pytest.approx(sizes["ckpt.pt"], rel=0.01)
-    assert values["bytes_on_disk"] == pytest.approx(sum(sizes.values()), rel=0.02)
+    assert values["bytes_on_disk"] == pytest.approx(sum(on_disk.values()), rel=0.02)
     assert cost.metrics_bytes(run.config) == pytest.approx(sizes["metrics.jsonl"], rel=0.1)
-    assert values["peak_bytes_on_disk"] == values["bytes_on_disk"] + values["checkpoint_bytes"]
+    assert len(on_disk) == 4
+    assert values["peak_bytes_on_disk"] == values["bytes_on_disk"] + 3 * values["checkpoint_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        ((), [("latest", 20), ("latest", 10)]),  # each was the best, and is one file with it
+        (("train.save_interval=5",), [("latest", 20), ("latest", 15), ("best", 10)]),
+        (("train.save_interval=5", "train.keep=1"), [("latest", 20), ("best", 20)]),  # two files
+        (("train.keep=9",), [("latest", 20), ("latest", 10)]),
+        (("train.eval_interval=7",), [("latest", 20), ("latest", 14)]),
+        (("train.eval_interval=100", "train.save_interval=100"), [("latest", 20)]),
+    ],
+)
+def test_which_checkpoints_are_kept(make_config, overrides, kept):
+    assert cost.kept_steps(make_config(*overrides)) == kept
 
 
 def test_a_shared_tensor_is_on_disk_once(make_run):
@@ -124,7 +143,7 @@ def test_a_disk_that_is_too_small_fails(make_run):
     assert cost.disk(subject, free_bytes=peak).verdict == "pass"
     result = cost.disk(subject, free_bytes=peak - 1000)
     assert result.verdict == "fail"
-    assert "free 1 kB more, or another disk: --set train.out_dir=" in result.fix
+    assert "free 1 kB more, a smaller train.keep, or another disk: --set train.out_dir=" in result.fix
     assert not Path(subject.run.config.train.out_dir).exists()
 
 
@@ -287,9 +306,9 @@ def test_where_memory_cannot_be_measured():
 def test_time_adds_up(make_config):
     config = make_config("train.max_steps=100", "train.eval_interval=30", "train.save_interval=40")
     total, parts = cost.total_seconds(MEASURED, config)
-    # Evaluations at 0, 30, 60, 90 and 100; latest at 40, 80 and 100; best at most at each evaluation but the first.
-    assert parts == {"start": 5.0, "steps": 50.0, "evaluations": 50.0, "saves": 7.0}
-    assert total == 112.0
+    # Evaluations at 0, 30, 60, 90 and 100; saves at 30, 40, 60, 80, 90 and 100.
+    assert parts == {"start": 5.0, "steps": 50.0, "evaluations": 50.0, "saves": 6.0}
+    assert total == 111.0
 
 
 def test_evaluations_and_saves_are_those_of_a_run(make_run):
@@ -298,8 +317,7 @@ def test_evaluations_and_saves_are_those_of_a_run(make_run):
     names = [type(event).__name__ for event in train(run, new_state(run))]
     assert cost.evaluations(run.config) == names.count("Evaluated")
     _, parts = cost.total_seconds(replace(MEASURED, save_seconds=1.0), run.config)
-    best = names.count("Evaluated") - 1
-    assert names.count("Saved") <= parts["saves"] == 3 + best
+    assert names.count("Saving") == parts["saves"] == 6  # at 6, 7, 12, 14, 18, 20
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,8 @@ def test_it_trains_and_a_stopped_run_goes_on_to_the_last_bit(make, tmp_path):
     run = make(f"train.out_dir={tmp_path / 'parts'}")
     part = new_state(run)
     assert isinstance(finish(run, part, stop_at=7)[-1], Stopped)
-    config, checkpoint = reopen(tmp_path / "parts", ())
+    config, found = reopen(tmp_path / "parts", ())
+    checkpoint = found.checkpoint
     assert checkpoint.step == 7
     assert checkpoint.config["model"]["class"] == SPEC
     assert checkpoint.model_source == custom.find(SPEC).sha256

@@ -1,11 +1,8 @@
-"""The run's folder: never two runs in one, no metric lost or told twice, and nothing changed in a run that goes on."""
+"""The run's folder: never two runs in one, and nothing changed unasked in a run that goes on."""
 
 import json
-import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +10,14 @@ import torch
 from tinyllm.checkpoint import Checkpoint, save
 from tinyllm.config import check, load, to_dict
 from tinyllm.errors import CheckpointError, ConfigError, RunError
-from tinyllm.events import Evaluated, Evaluation, Finished, Note, Saved, StepDone, Stopped
-from tinyllm.folder import claimed, clear, read_metrics, record, refuse, reopen, trim_metrics, write_config
+from tinyllm.folder import claimed, clear, refuse, reopen, write_config
 
 CONFIG = check({"model": {"n_layer": 2}, "optim": {"betas": [0.8, 0.99]}, "data": {"separator": 'a "b"\n\u00e9'}})
 
 
-def checkpoint(folder, name="ckpt.pt", config=CONFIG):
+def checkpoint(folder, name="ckpt.pt", config=CONFIG, step=5):
     held = Checkpoint(
-        step=5,
+        step=step,
         best_val_loss=1.5,
         config=to_dict(config),
         vocab_size=9,
@@ -40,7 +36,7 @@ def checkpoint(folder, name="ckpt.pt", config=CONFIG):
 @pytest.mark.parametrize(
     ("present", "fix"),
     [
-        (["ckpt.pt", "best.pt", "metrics.jsonl"], "`tinyllm resume {out}/ckpt.pt` goes on, --overwrite deletes it"),
+        (["ckpt.pt", "best.pt", "metrics.jsonl"], "`tinyllm resume {out}` goes on, --overwrite deletes it"),
         (["best.pt"], "--overwrite deletes it"),
         (["metrics.jsonl"], "--overwrite deletes it"),
     ],
@@ -98,7 +94,10 @@ def test_one_training_at_a_time(tmp_path):
     for _ in range(2):  # an error inside gives it back, too
         with pytest.raises(ZeroDivisionError), claimed(str(out)):
             raise ZeroDivisionError
-    assert not [*out.iterdir()]
+    for name in ("ckpt.pt.tmp", "best-250.pt.tmp", "metrics.jsonl.tmp", "run.toml.tmp", "mine.tmp"):
+        (out / name).write_text("of a process that was killed")
+    with claimed(str(out)):
+        assert [path.name for path in out.iterdir()] == ["mine.tmp"]
 
 
 def test_the_resolved_config_reads_back(tmp_path):
@@ -112,102 +111,6 @@ def test_the_resolved_config_reads_back(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run.toml"]
 
 
-# ---- Metrics ----
-
-EVALUATED = Evaluated(10, Evaluation(2.0, 99, 1.25), Evaluation(3.0, 98, 1.5), is_best=True)
-EVENTS = [
-    Note("hello"),
-    StepDone(10, 2.5, 0.75, 1e-3),
-    Saved(10, Path("ckpt.pt")),
-    EVALUATED,
-    StepDone(20, 2.25, 0.5, 1e-4),
-    Finished(20, Evaluation(3.0, 98, 1.5), 3.0),
-    Stopped(20),
-]
-ROWS = [
-    {"event": "step", "step": 10, "loss": 2.5, "grad_norm": 0.75, "lr": 1e-3},
-    {
-        "event": "eval",
-        "step": 10,
-        "train_loss": 2.0,
-        "val_loss": 3.0,
-        "train_bits_per_byte": 1.25,
-        "val_bits_per_byte": 1.5,
-    },
-    {"event": "step", "step": 20, "loss": 2.25, "grad_norm": 0.5, "lr": 1e-4},
-]
-
-
-def without_time(rows):
-    return [{key: value for key, value in row.items() if key != "time"} for row in rows]
-
-
-def test_each_event_passes_and_its_row_is_there_at_once(tmp_path):
-    seen = []
-    for event in record(EVENTS, str(tmp_path)):
-        seen.append(event)
-        rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-        expected = sum(isinstance(e, StepDone | Evaluated) for e in seen)
-        assert len(rows) == expected, "a kill after this event must not lose it"
-    assert seen == EVENTS
-    rows = read_metrics(str(tmp_path))
-    assert without_time(rows) == ROWS
-    times = [row["time"] for row in rows]
-    assert times == sorted(times)
-    assert abs(times[0] - os.stat(tmp_path / "metrics.jsonl").st_mtime) < 60
-    list(record(EVENTS[:2], str(tmp_path)))
-    assert without_time(read_metrics(str(tmp_path))) == [*ROWS, ROWS[0]], "rows are appended"
-
-
-def test_a_loss_that_is_no_number_reads_back(tmp_path):
-    list(record([StepDone(1, math.nan, math.inf, 0.1)], str(tmp_path)))
-    (row,) = read_metrics(str(tmp_path))
-    assert math.isnan(row["loss"])
-    assert row["grad_norm"] == math.inf
-
-
-def test_no_metrics_yet(tmp_path):
-    assert read_metrics(str(tmp_path)) == []
-    trim_metrics(str(tmp_path), 5)
-    assert not [*tmp_path.iterdir()]
-
-
-@pytest.mark.parametrize("whole", [0, 1, 2])
-@pytest.mark.parametrize("torn", [b'{"event": "st', b"{", b"\0" * 40, b'{"event": "step", "loss": "\xe2\x82'])
-def test_a_line_torn_by_a_crash(tmp_path, whole, torn):
-    """Wherever the crash was: the rows before it are read, and those after the resume too."""
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes("".join(json.dumps(row) + "\n" for row in ROWS[:whole]).encode() + torn)
-    assert read_metrics(str(tmp_path)) == ROWS[:whole]
-    trim_metrics(str(tmp_path), 20)
-    list(record(EVENTS[4:5], str(tmp_path)))
-    assert without_time(read_metrics(str(tmp_path))) == [*ROWS[:whole], ROWS[2]]
-    assert len(path.read_bytes().splitlines()) == whole + 1
-
-
-def rows_at(*places):
-    return [{"event": event, "step": step} for event, step in places]
-
-
-@pytest.mark.parametrize(
-    ("step", "kept"),
-    [
-        (0, []),
-        (5, rows_at(("eval", 0))),
-        (10, rows_at(("eval", 0), ("step", 10))),  # the checkpoint at 10 is older than the evaluation at 10
-        (15, rows_at(("eval", 0), ("step", 10), ("eval", 10))),
-        (20, rows_at(("eval", 0), ("step", 10), ("eval", 10), ("step", 20))),
-        (99, rows_at(("eval", 0), ("step", 10), ("eval", 10), ("step", 20), ("eval", 20))),
-    ],
-)
-def test_what_is_reported_again_is_forgotten(tmp_path, step, kept):
-    rows = rows_at(("eval", 0), ("step", 10), ("eval", 10), ("step", 20), ("eval", 20))
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trim_metrics(str(tmp_path), step)
-    assert read_metrics(str(tmp_path)) == kept
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
 # ---- Going on ----
 
 
@@ -216,8 +119,8 @@ def test_a_run_goes_on_where_its_checkpoint_is_now(tmp_path, name):
     """Also in a folder that was moved, whatever it is called."""
     path = checkpoint(tmp_path / name)
     for given in (path, tmp_path / name):
-        config, held = reopen(given, [])
-        assert held.step == 5
+        config, found = reopen(given, [])
+        assert (found.path, found.checkpoint.step) == (path, 5)
         assert config.train.out_dir == str(tmp_path / name)
         assert check(to_dict(config), ["train.out_dir=out"]) == check(to_dict(CONFIG), ["train.out_dir=out"])
         assert config.model_dump(exclude={"train"}) == CONFIG.model_dump(exclude={"train"})
@@ -225,13 +128,50 @@ def test_a_run_goes_on_where_its_checkpoint_is_now(tmp_path, name):
         assert load(tmp_path / name / "run.toml") == config
 
 
-def test_the_folder_means_the_latest_checkpoint(tmp_path):
-    checkpoint(tmp_path, "best.pt")
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+def test_the_folder_means_the_newest_checkpoint_that_is_whole(tmp_path):
+    """Whatever its name; what is damaged is told."""
+    with pytest.raises(CheckpointError, match=r"no best\.pt or ckpt\.pt in this folder"):
         reopen(tmp_path, [])
-    checkpoint(tmp_path, "ckpt.pt", check(to_dict(CONFIG), ["train.seed=77"]))
-    assert reopen(tmp_path, [])[0].train.seed == 77
-    assert reopen(tmp_path / "best.pt", [])[0].train.seed == 1337
+    for step, name in enumerate(("best-1.pt", "best.pt", "ckpt-3.pt", "ckpt.pt"), start=1):
+        checkpoint(tmp_path, name, check(to_dict(CONFIG), [f"train.seed={step}"]), step)
+    damaged = []
+    for name in ("ckpt.pt", "ckpt-3.pt", "best.pt", "best-1.pt"):
+        config, found = reopen(tmp_path, [])
+        assert found.path == tmp_path / name
+        assert found.checkpoint.step == config.train.seed
+        assert sorted(error.where for error in found.passed_over) == sorted(damaged)
+        assert reopen(tmp_path / "best-1.pt", [])[0].train.seed == 1
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
+        damaged.append(str(tmp_path / name))
+    with pytest.raises(CheckpointError, match="no checkpoint in this folder can be read") as error:
+        reopen(tmp_path, [])
+    assert len(error.value.what.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        (["train.max_steps=4000", "schedule.decay_steps=2000"], ""),
+        (["train.max_steps=4000"], "train.max_steps: the learning rate would decay over 4,000 steps"),
+        (["schedule.decay_steps=1000"], "train.max_steps: the learning rate would decay over 1,000 steps"),
+        (["train.max_steps=4", "schedule.decay_steps=2000"], "train.max_steps: 4 is below the 5 steps"),
+        (["train.max_steps=5", "schedule.decay_steps=2000"], ""),
+    ],
+)
+def test_a_run_may_become_longer_but_its_steps_stay_what_they_were(tmp_path, overrides, refused):
+    if refused:
+        with pytest.raises(ConfigError) as error:
+            reopen(checkpoint(tmp_path), overrides)
+        assert str(error.value).startswith(refused)
+        return
+    config, _ = reopen(checkpoint(tmp_path), overrides)
+    assert config.decay_steps == CONFIG.decay_steps
+    assert f"train.max_steps={config.train.max_steps}" == overrides[0]
+
+
+def test_a_constant_rate_has_no_end_to_keep(tmp_path):
+    constant = check(to_dict(CONFIG), ["schedule.kind=constant"])
+    assert reopen(checkpoint(tmp_path, config=constant), ["train.max_steps=4000"])[0].train.max_steps == 4000
 
 
 @pytest.mark.parametrize(
@@ -241,6 +181,9 @@ def test_the_folder_means_the_latest_checkpoint(tmp_path):
         ("train.eval_interval=7", 7),
         ("train.save_interval=8", 8),
         (" train.log_interval = 9", 9),
+        ("train.save_minutes=2.5", 2.5),
+        ("train.keep=5", 5),
+        ("train.skip_spikes=true", True),
         ("runtime.device=cpu", "cpu"),
         ("runtime.dtype=float32", "float32"),
         ("runtime.threads=1", 1),
@@ -256,7 +199,8 @@ def test_what_may_change(tmp_path, override, value):
 
 def test_nothing_else_may_change(tmp_path):
     path = checkpoint(tmp_path)
-    may = {"data.dir", "train.eval_interval", "train.save_interval", "train.log_interval", "model.class"}
+    may = {"data.dir", "model.class", "train.max_steps", "schedule.decay_steps", "train.skip_spikes", "train.keep"}
+    may |= {"train.eval_interval", "train.save_interval", "train.save_minutes", "train.log_interval"}
     for section, keys in to_dict(CONFIG).items():
         for key, value in keys.items():
             name = f"{section}.{key}"

@@ -1,17 +1,16 @@
-"""Checkpoints: one file with everything a run needs to go on, or to speak.
+"""Checkpoints: everything that a run needs to go on, or to speak, in one file.
 
-    save(path, Checkpoint(step=100, model=model.state_dict(), ...))
+    save("out/ckpt.pt", Checkpoint(step=100, model=model.state_dict(), ...))
     checkpoint = load("out/ckpt.pt")
+    found = find("out", LATEST)                      # the newest of a folder that is whole, and what was passed over
 
-Tensors and plain Python values only, read with `weights_only=True`: opening a stranger's checkpoint runs no code.
-A file is written aside, synced, then renamed, so that a crash leaves the old one or the new one, never a half.
+`archive.py` knows how such a file is written and read: whole or not at all, and without running anything in it. Here is
+what it holds, and what that must be before anybody builds a model from it.
 """
 
-import os
-import pickle
-import zipfile
-from collections.abc import Sequence
-from contextlib import suppress
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyllm import custom
-from tinyllm.config import RunConfig, check
-from tinyllm.errors import CheckpointError
-from tinyllm.files import sync_folder
+from tinyllm import archive, custom
+from tinyllm.config import ModelConfig, RunConfig, check
+from tinyllm.errors import CheckpointError, typed
+from tinyllm.model import GPT
 
 FORMAT = "tinyllm checkpoint"
-VERSION = 2
+VERSION = 3  # 2 had no seal, and the first version of the fields below
 LATEST, BEST = "ckpt.pt", "best.pt"
+LARGEST_TABLES = 1 << 26  # bytes
+NAME = re.compile(r"(ckpt|best)(-\d+)?\.pt")  # ckpt-250.pt: the one before, of step 250
 
 
 @dataclass(frozen=True)
@@ -34,89 +35,174 @@ class Checkpoint:
     """The state of a run after `step` optimizer steps, and what gives it meaning."""
 
     step: int
-    best_val_loss: float  # nats a token; infinity before the first evaluation
+    best_val_loss: float  # nats a token, of the evaluations before this step; infinity before the first
     config: dict[str, Any]  # the resolved run config
     vocab_size: int  # rows of the embedding
     model: dict[str, Tensor]
     optimizer: dict[str, dict[str, Any]]  # by parameter name
     tokenizer: str  # tokenizer.json
     data: dict[str, Any]  # what the token files were made of
-    val_loss: float | None = None  # of these very weights, where it was measured
     model_source: str = ""  # SHA-256 of the file with the class of config.model.class, which is not in here
-    versions: dict[str, str] = field(default_factory=lambda: {"torch": str(torch.__version__)})
+    environment: dict[str, str] = field(default_factory=dict)  # what the numbers depend on beside all this
+    recent_losses: list[float] = field(default_factory=list)  # by which a spike is told
+    changes: list[dict[str, Any]] = field(default_factory=list)  # what was changed on the way: step, what, from, to
 
 
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write the file atomically. Raises CheckpointError when it cannot be written; the old file is then untouched."""
     path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
-    record = {"format": FORMAT, "version": VERSION} | {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            torch.save(record, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        fix = "free some space or make the folder writable; what was saved before is still there"
-        raise CheckpointError(f"cannot save the checkpoint: {reason}", where=str(path), fix=fix) from None
-    finally:
-        with suppress(OSError):  # where the folder is not even a folder
-            aside.unlink()
-
-
-def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read a checkpoint, its tensors onto `device`. Raises CheckpointError; runs no code from the file."""
-    where = str(path)
-    try:
-        with open(path, "rb") as file:
-            is_zip = file.read(4) == b"PK\3\4"  # torch would take anything else for an old pickle
-    except FileNotFoundError:
-        fix = "`tinyllm train run.toml` makes one in its train.out_dir"
-        raise CheckpointError("no such checkpoint", where=where, fix=fix) from None
-    except IsADirectoryError:
-        raise CheckpointError("is a folder", where=where, fix=f"name the file, e.g. {Path(path) / LATEST}") from None
+        archive.write(path, as_record(checkpoint), checkpoint.step)
     except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=where) from None
-    if not is_zip:
-        raise CheckpointError("not a tinyllm checkpoint: not a file of torch.save", where=where)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch does not look at the checksums
-                raise zipfile.BadZipFile(f"{damaged} has another checksum")
-        record = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError:
-        what = "not a tinyllm checkpoint: it holds more than tensors and plain values, and nothing of it was run"
-        raise CheckpointError(what, where=where) from None
-    except MemoryError:
-        raise
-    except Exception as error:  # there is hardly one that a damaged file cannot cause
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"not a checkpoint, or a damaged one ({reason})", where=where) from None
-    if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
+        fix = "free some space or make the folder writable; what was saved before is still there"
+        raise CheckpointError(f"cannot save the checkpoint: {error.strerror}", where=str(path), fix=fix) from None
+
+
+def as_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the file holds."""
+    return {"format": FORMAT, "version": VERSION} | {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read a checkpoint, its tensors on the CPU. Raises CheckpointError; runs no code from the file."""
+    where = str(path)
+    if Path(path).is_dir():
+        raise CheckpointError("is a folder", where=where, fix=f"name the file, e.g. {Path(path) / LATEST}")
+    record, sealed = archive.read(path)
+    if record.pop("format", None) != FORMAT:
         raise CheckpointError("not a tinyllm checkpoint", where=where)
-    if (version := record.pop("version", None)) != VERSION:
-        raise CheckpointError(f"a checkpoint of version {version}; this tinyllm reads version {VERSION}", where=where)
-    names = {f.name for f in fields(Checkpoint)}
-    if record.keys() != names:
-        missing = ", ".join(sorted(names ^ record.keys()))
-        raise CheckpointError(f"a damaged checkpoint: these parts are missing or unknown: {missing}", where=where)
+    version = record.pop("version", None)
+    if version not in (2, VERSION):
+        raise CheckpointError(f"a checkpoint of version {version}; this tinyllm reads 2 and {VERSION}", where=where)
+    if version == 2:
+        record = upgraded(record)
+    elif not sealed:
+        raise CheckpointError("damaged: its seal, the file's last bytes, is missing", where=where)
+    refuse_other_fields(record, where)
     return Checkpoint(**record)
 
 
-def find(path: str | Path) -> Path:
-    """The file itself, or in a folder the best checkpoint, then the latest. Raises CheckpointError."""
+def upgraded(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of version 2 as one of version 3."""
+    versions = record.pop("versions", {})
+    record.pop("val_loss", None)
+    return record | {"environment": versions, "recent_losses": [], "changes": []}
+
+
+KINDS: dict[str, type] = {
+    "step": int,
+    "best_val_loss": float,
+    "config": dict,
+    "vocab_size": int,
+    "model": dict,
+    "optimizer": dict,
+    "tokenizer": str,
+    "data": dict,
+    "model_source": str,
+    "environment": dict,
+    "recent_losses": list,
+    "changes": list,
+}
+ELEMENTS: dict[str, type] = {
+    "model": Tensor, "optimizer": dict, "environment": str, "recent_losses": float, "changes": dict
+}  # fmt: skip
+
+
+def refuse_other_fields(record: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError unless a record has the fields of a Checkpoint, each of its kind."""
+    if record.keys() != KINDS.keys():
+        missing = ", ".join(sorted(KINDS.keys() ^ record.keys()))
+        raise CheckpointError(f"a damaged checkpoint: these parts are missing or unknown: {missing}", where=where)
+    for name, value, kind in of_another_kind(record):
+        what = f"a damaged checkpoint: {name} is a {type(value).__name__}, not a {kind.__name__}"
+        raise CheckpointError(what, where=where)
+    if record["step"] < 0 or record["vocab_size"] < 1:
+        what = f"a damaged checkpoint: step {record['step']}, vocabulary {record['vocab_size']}"
+        raise CheckpointError(what, where=where)
+
+
+def of_another_kind(record: Mapping[str, Any]) -> Iterator[tuple[str, Any, type]]:
+    """Each value that is not of the kind it must be: its name, itself, the kind."""
+    for name, kind in KINDS.items():
+        value = record[name]
+        if type(value) is not kind:
+            yield name, value, kind
+        elif name in ELEMENTS:
+            parts = value.items() if kind is dict else enumerate(value)
+            yield from ((f"{name}.{key}", v, ELEMENTS[name]) for key, v in parts if type(v) is not ELEMENTS[name])
+
+
+# ---- The checkpoints of a folder ----
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that could be read."""
+
+    path: Path
+    checkpoint: Checkpoint
+    passed_over: tuple[CheckpointError, ...] = ()  # better ones, that could not
+
+
+def find(path: str | Path, wanted: str = BEST) -> Found:
+    """Load the file itself, or of a folder the best (or latest) checkpoint that is whole. Raises CheckpointError.
+
+    For BEST the best one, the best one before it, then the latest; for LATEST the one of the highest step.
+    """
     path = Path(path)
     if not path.is_dir():
-        return path
-    for name in (BEST, LATEST):
-        if (path / name).is_file():
-            return path / name
-    fix = "`tinyllm train run.toml` makes one, or name the file with --checkpoint"
-    raise CheckpointError(f"no {BEST} or {LATEST} in this folder", where=f"{path}/", fix=fix)
+        return Found(path, load_or_point(path))
+    present = checkpoints(path)
+    if not present:
+        fix = "`tinyllm train run.toml` makes one, or name the file"
+        raise CheckpointError(f"no {BEST} or {LATEST} in this folder", where=f"{path}/", fix=fix)
+    if wanted == BEST:
+        present.sort(key=lambda file: not file.name.startswith("best"))  # stable: newest first within each kind
+    errors = []
+    for file in present:
+        try:
+            return Found(file, load(file), tuple(errors))
+        except CheckpointError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    listed = "".join(f"\n  {Path(error.where).name}: {error.what}" for error in errors)
+    raise CheckpointError(f"no checkpoint in this folder can be read:{listed}", where=f"{path}/")
+
+
+def load_or_point(path: Path) -> Checkpoint:
+    """Load a file; if it cannot be read, the error names the newest good one beside it."""
+    try:
+        return load(path)
+    except CheckpointError as error:
+        for file in checkpoints(path.parent) if NAME.fullmatch(path.name) else ():
+            if file != path and archive.is_whole(file):
+                fix = f"the newest good one beside it: {typed(file)}, of step {archive.sealed_step(file):,}"
+                raise CheckpointError(error.what, where=error.where, fix=fix) from None
+        raise
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, by what their seals and names say: the newest first, the latest before the best.
+
+    One without a seal, of an older version or cut off, comes before all others: it was there to be the latest.
+    """
+
+    def age(path: Path) -> tuple[float, bool, bool]:
+        step = archive.sealed_step(path)
+        if step is None:
+            step = int((re.findall(r"-(\d+)", path.name) or [0])[0]) or math.inf
+        return step, path.name == LATEST, path.name.startswith("ckpt")
+
+    try:
+        found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_file()]
+    except OSError:
+        return []
+    return sorted(found, key=age, reverse=True)
+
+
+# ---- From a checkpoint to a model ----
 
 
 def run_config(
@@ -132,6 +218,32 @@ def run_config(
     if config.model.class_ and not is_named:
         custom.trust(config.model.class_, checkpoint.model_source, where)
     return config
+
+
+def check_sizes(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise CheckpointError unless the weights are those of the GPT that the config describes. Takes no memory.
+
+    A config of a few bytes can ask for a model of any size; its weights must be in the file. A class of one's own is
+    asked for its tensors when it is built (`load_weights`).
+    """
+    if config.class_:
+        return
+    weights = checkpoint.model
+    if config.n_layer > len(weights):
+        what = f"the config says {config.n_layer:,} layers, the checkpoint holds {len(weights):,} tensors"
+        raise CheckpointError(f"the checkpoint's weights do not fit its config: {what}")
+    with torch.device("meta"):  # shapes without values
+        model = GPT(config, checkpoint.vocab_size)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(wanted.keys() | weights.keys()):
+        here = tuple(weights[name].shape) if name in weights else "not in the file"
+        if (asked := wanted.get(name, "not in the model")) != here:
+            what = f"{name} is {here}, and must be {asked}"
+            raise CheckpointError(f"the checkpoint's weights do not fit its config: {what}")
+    tables = sum(buffer.nbytes for buffer in model.buffers())  # of rotary positions, made for block_size
+    if tables > LARGEST_TABLES + archive.nbytes(weights):
+        what = f"block_size = {config.block_size:,} takes {tables:,} bytes for positions alone"
+        raise CheckpointError(f"the checkpoint's weights do not fit its config: {what}")
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:

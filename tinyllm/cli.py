@@ -4,14 +4,12 @@ The rooms below are imported inside the commands that use them, so that `tinyllm
 Exit codes: 0 done, 1 a check failed, 2 the user's mistake, 128 + n stopped by signal n (as shells count).
 """
 
-import io
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,8 +18,10 @@ import typer
 
 from tinyllm import __version__, ui, ui_sanity
 from tinyllm.errors import ConfigError, RunError, TinyLLMError, is_out_of_memory, typed
+from tinyllm.process import Interrupted, open_streams, stop_on_signals
 
 if TYPE_CHECKING:
+    from tinyllm.checkpoint import Found
     from tinyllm.config import RunConfig
     from tinyllm.engine import Run, TrainState
     from tinyllm.sanity import Check
@@ -86,15 +86,6 @@ def main() -> None:
     except OSError as error:
         ui.show_error(TinyLLMError(error.strerror or str(error), where=str(error.filename or "")))
         sys.exit(2)
-
-
-def open_streams() -> None:
-    """Have standard streams that can be used, wherever we were started from."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed, as by `tinyllm train >&-`
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show (LANG=C) is no reason to fail
-        sys.stdout.reconfigure(errors="replace")
 
 
 def show_version(wanted: bool) -> None:
@@ -243,7 +234,7 @@ def train(
 ) -> None:
     """Check a model in seconds, then train it; evaluate it and save it on the way."""
     settings = read_config(path, set_)
-    from tinyllm.folder import claimed, clear, refuse
+    from tinyllm.folder import claimed, clear, keep_config, refuse
 
     out_dir = settings.train.out_dir
     keep_config(path, settings)
@@ -276,19 +267,23 @@ def preflight(run: "Run") -> None:
 
 @app.command()
 def resume(
-    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint to go on from.")] = Path("out/ckpt.pt"),
+    checkpoint: Annotated[
+        Path, typer.Argument(help="The checkpoint to go on from; of a folder the newest that is whole.")
+    ] = Path("out"),
     set_: Overrides = None,
 ) -> None:
     """Go on with a run that was stopped, to the last bit as if it never had been."""
     from tinyllm.engine import open_run, restore
-    from tinyllm.folder import claimed, reopen, trim_metrics
+    from tinyllm.folder import claimed, reopen
+    from tinyllm.metrics import trim
 
-    settings, loaded = reopen(checkpoint, set_ or ())
-    note_class(settings)
+    settings, found = reopen(checkpoint, set_ or ())
+    note_found(found, settings)
     with claimed(settings.train.out_dir):
         run = open_run(settings)
-        state = restore(run, loaded)
-        trim_metrics(settings.train.out_dir, state.step)
+        state = restore(run, found.checkpoint)
+        ui.show_changes(state.changes[len(found.checkpoint.changes) :])
+        trim(settings.train.out_dir, state.step)
         go(run, state)
 
 
@@ -301,14 +296,14 @@ def eval(
     set_: Overrides = None,
 ) -> None:
     """Measure a checkpoint's loss on both splits."""
-    from tinyllm.checkpoint import find
+    from tinyllm.checkpoint import BEST
     from tinyllm.engine import evaluate, open_run, restore
     from tinyllm.folder import reopen
 
-    settings, loaded = reopen(find(checkpoint), set_ or ())
-    note_class(settings)
+    settings, found = reopen(checkpoint, set_ or (), BEST)
+    note_found(found, settings)
     run = open_run(settings)
-    model = restore(run, loaded).model
+    model = restore(run, found.checkpoint).model
     parts = {split: evaluate(run, model, split, windows) for split in ("train", "val")}
     ui.show_evaluations({name: part for name, part in parts.items() if part}, run.data.entropy)
 
@@ -332,25 +327,28 @@ def sample(
     ] = None,
 ) -> None:
     """Let a trained model speak."""
-    from tinyllm.checkpoint import find
+    from tinyllm.checkpoint import BEST
     from tinyllm.folder import reopen
     from tinyllm.generate import Sampling, Speaker
 
     text = read_prompt(prompt, prompt_file)
-    path = find(checkpoint)
-    settings, loaded = reopen(path, set_ or (), may_change=("model.class",))
-    note_class(settings)
-    speaker = Speaker(loaded, device, settings)
+    settings, found = reopen(checkpoint, set_ or (), BEST, may_change=("model.class",))
+    note_found(found, settings)
+    speaker = Speaker(found.checkpoint, device, settings)
     ids = speaker.encode(text)
-    ui.note(f"{path}, step {speaker.step:,}")
+    ui.note(f"{found.path}, step {speaker.step:,}")
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens, seed)
     ui.show_samples(text, speaker.speak(ids, sampling, n), n)
 
 
-def note_class(settings: "RunConfig") -> None:
-    """Say which file a checkpoint is about to have us run, if any."""
+def note_found(found: "Found", settings: "RunConfig") -> None:
+    """Say which checkpoints of a folder were damaged, and which file one is about to have us run, if any."""
     from tinyllm.custom import find
 
+    for error in found.passed_over:
+        ui.warn(str(error))
+    if found.passed_over:
+        ui.warn(f"going on with {found.path} instead, of step {found.checkpoint.step:,}")
     if spec := settings.model.class_:
         ui.note(f"running {find(spec).path}: its {spec.rpartition(':')[2]} is the model")
 
@@ -368,16 +366,6 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise ConfigError("the prompt is not UTF-8 text", where=where) from None
     except OSError as error:
         raise ConfigError(f"the prompt cannot be read: {error.strerror}", where=where) from None
-
-
-def keep_config(path: Path, settings: "RunConfig") -> None:
-    """Raise ConfigError if the run's own run.toml would overwrite the user's, comments and all."""
-    from tinyllm.config import to_toml
-
-    resolved = Path(settings.train.out_dir) / RUN_TOML
-    if resolved.exists() and resolved.samefile(path) and path.read_text(encoding="utf-8-sig") != to_toml(settings):
-        fix = "another train.out_dir, or another name than run.toml"
-        raise ConfigError("the run would overwrite this file with its resolved config", where=str(path), fix=fix)
 
 
 def read_config(path: Path, overrides: list[str] | None) -> "RunConfig":
@@ -398,38 +386,25 @@ def go(run: "Run", state: "TrainState") -> None:
     """Train to the end, or until a signal stops it; keep the metrics, show what happens."""
     from tinyllm.engine import train
     from tinyllm.events import Finished
-    from tinyllm.folder import record, write_config
-    from tinyllm.optim import parameter_groups
+    from tinyllm.folder import write_config
+    from tinyllm.metrics import record
+    from tinyllm.optim import parameter_groups, state_bytes
+    from tinyllm.saver import check_room_for_two
 
+    out_dir = run.config.train.out_dir
+    tensors = sum(tensor.nbytes for tensor in state.model.state_dict().values())
+    check_room_for_two(out_dir, tensors + state_bytes(state.optimizers))
     write_config(run.config)
     started, first = time.monotonic(), state.step
     ui.show_run(run, parameter_groups(state.model, run.config.optim), first)
-    out_dir = run.config.train.out_dir
-    with stop_on_signals() as caught:
-        end = ui.show_training(record(train(run, state, lambda: bool(caught)), out_dir), run, first)
+    with stop_on_signals(ui.note) as stop:
+        try:
+            end = ui.show_training(record(train(run, state, stop), out_dir), run, first)
+        except Interrupted:
+            ui.note("stopped before the first step: there is nothing to save")
+            raise typer.Exit(128 + stop.signal) from None
     if isinstance(end, Finished):
         ui.show_finished(end, run, time.monotonic() - started)
         return
-    ui.note(f"stopped at step {end.step:,}; it is saved, go on with: tinyllm resume {typed(Path(out_dir) / 'ckpt.pt')}")
-    raise typer.Exit(128 + caught[0])
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[list[int]]:
-    """A list that the first SIGINT, SIGTERM or SIGHUP is put into; a second one ends the process as usual."""
-    caught: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        caught.append(number)
-        ui.note("stopping: finishing what must be finished, then saving (again to quit at once)")
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    previous: dict[int, Callable[..., object] | int | None] = {each: signal.signal(each, note) for each in numbers}
-    try:
-        yield caught
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+    ui.note(f"stopped at step {end.step:,}; it is saved, go on with: tinyllm resume {typed(out_dir)}")
+    raise typer.Exit(128 + stop.signal)

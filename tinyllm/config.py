@@ -122,7 +122,14 @@ class TrainConfig(Section):
     eval_windows: Count = Field(
         200, description="windows of block_size tokens a split, evenly spread, always the same; 0: the whole val split"
     )
-    save_interval: Positive = Field(250, description="steps between checkpoints")
+    save_interval: Positive = Field(
+        250, description="steps between checkpoints; one is made before each evaluation and when the run is stopped too"
+    )
+    save_minutes: float = Field(10.0, gt=0, description="minutes between checkpoints at most, where steps are slow")
+    keep: Positive = Field(2, description="of the latest checkpoint and of the best, how many: 2 keeps the one before")
+    skip_spikes: bool = Field(
+        False, description="leave out a step whose loss is far above the last ones (6 standard deviations)"
+    )
     log_interval: Positive = Field(10, description="steps between lines of metrics")
     seed: Count = Field(1337, description="of the weights, the batches and the dropout")
 

@@ -12,10 +12,12 @@ looks changes nothing.
 """
 
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,17 +29,29 @@ from tinyllm import custom
 from tinyllm import tokenizer as tok
 from tinyllm.config import RunConfig, to_dict
 from tinyllm.data import IGNORED, BatchSource, open_tokens, prefetch
-from tinyllm.errors import CheckpointError, ConfigError, RunError
-from tinyllm.events import Evaluated, Evaluation, Event, Finished, Note, Saved, StepDone, Stopped
+from tinyllm.errors import CheckpointError, ConfigError, NonFiniteError, RunError, typed
+from tinyllm.events import Evaluated, Evaluation, Event, Finished, Note, Saving, StepDone, Stopped
 from tinyllm.model import GPT, init_weights
-from tinyllm.optim import Optimizers, all_groups, build_optimizers, load_state_by_name, set_learning_rate, state_by_name
+from tinyllm.nonfinite import bad_tensor, first_bad
+from tinyllm.optim import (
+    Optimizers,
+    all_groups,
+    build_optimizers,
+    load_state_by_name,
+    set_learning_rate,
+    state_by_name,
+)
 from tinyllm.prepare import Prepared, differences, open_prepared
-from tinyllm.runtime import Runtime, compiled, resolve, seed_dropout
+from tinyllm.runtime import Runtime, compiled, environment, resolve, seed_dropout
+from tinyllm.saver import Saver
 from tinyllm.schedule import factor
 
 # Evaluation sees this many tokens or logits a forward pass at most: large enough to be fast, small enough for memory.
 EVAL_TOKENS = 1 << 14
 EVAL_LOGITS = 1 << 25
+
+SPIKE_WINDOW = 128  # steps whose losses tell what is usual
+SHOWN = 200  # characters of a text in an error
 
 Stop = Callable[[], bool]
 
@@ -67,6 +81,8 @@ class TrainState:
     optimizers: Optimizers
     step: int = 0  # optimizer steps done
     best_val_loss: float = math.inf
+    recent_losses: list[float] = field(default_factory=list)  # of the last steps, the oldest first
+    changes: list[dict[str, Any]] = field(default_factory=list)  # what was changed on the way (see `changes_since`)
     forward: nn.Module | None = None  # what is called: the model, or its compiled form
 
     def __post_init__(self) -> None:
@@ -137,26 +153,40 @@ def restore(run: Run, checkpoint: ckpt.Checkpoint) -> TrainState:
     if changes := differences(learned_from, run.data.fingerprint):
         what = "the data was prepared from other data than the checkpoint's:\n  " + "\n  ".join(changes)
         raise CheckpointError(what, where=run.data.dir, fix="prepare the data as it was, or train anew")
+    ckpt.check_sizes(checkpoint, run.config.model)  # before memory is taken
     state = new_state(run)
     ckpt.load_weights(state.model, checkpoint.model)
     load_state_by_name(state.optimizers, checkpoint.optimizer)
     state.step, state.best_val_loss = checkpoint.step, checkpoint.best_val_loss
+    state.recent_losses = checkpoint.recent_losses
+    state.changes = [*checkpoint.changes, *changes_since(run, checkpoint)]
     return state
 
 
-def snapshot(run: Run, state: TrainState, val_loss: float | None = None) -> ckpt.Checkpoint:
+def changes_since(run: Run, checkpoint: ckpt.Checkpoint) -> list[dict[str, Any]]:
+    """What is not as it was when the checkpoint was made, of the config and of what the last bits depend on."""
+    here, there = (flat(config) for config in (to_dict(run.config), checkpoint.config))
+    here |= environment(run.runtime, run.config.runtime.compile)
+    there |= checkpoint.environment
+    keys = [key for key in there if key != "train.out_dir" and here.get(key) != there[key]]
+    return [{"step": checkpoint.step, "what": key, "from": there[key], "to": here.get(key)} for key in keys]
+
+
+def snapshot(run: Run, state: TrainState) -> ckpt.Checkpoint:
     """The state as a checkpoint (its tensors are the live ones)."""
     return ckpt.Checkpoint(
         step=state.step,
         best_val_loss=state.best_val_loss,
         config=to_dict(run.config),
         vocab_size=run.vocab_size,
-        model=state.model.state_dict(),
+        model=dict(state.model.state_dict()),
         optimizer=state_by_name(state.optimizers),
         tokenizer=run.data.tokenizer_json,
         data={"documents": run.data.train.documents, **run.data.fingerprint},
-        val_loss=val_loss,
         model_source=run.model_source,
+        environment=environment(run.runtime, run.config.runtime.compile),
+        recent_losses=state.recent_losses,
+        changes=state.changes,
     )
 
 
@@ -170,41 +200,69 @@ def train_step(
 ) -> StepDone | None:
     """One optimizer step on the batch of state.step: inputs and targets, each (batch_size, T), int64.
 
-    Raises RunError when the loss or the gradient is not finite, before the weights take it. Returns None, with
+    Raises NonFiniteError when the loss or the gradient is not finite, before the weights take it; with
+    train.skip_spikes such a step, or one of an unusually high loss, is counted and not taken. Returns None, with
     nothing changed, if asked to stop between micro-batches.
     """
-    config, runtime = run.config, run.runtime
-    inputs, targets = (runtime.tensor(array) for array in batch or run.source.batch(state.step))
+    config = run.config
     rate = factor(state.step, config)
     set_learning_rate(state.optimizers, rate)
     state.model.train()
-    loss = torch.zeros((), device=runtime.device)
-    micro_batches = zip(inputs.split(config.micro_batch_size), targets.split(config.micro_batch_size), strict=True)
-    for micro_step, (x, y) in enumerate(micro_batches):
+    loss = torch.zeros((), device=run.runtime.device)
+    for micro_step, (x, y, share) in enumerate(micro_batches(run, batch or run.source.batch(state.step))):
         if should_stop():
             zero_grad(state)
             return None
-        seed_dropout(config.train.seed, state.step, micro_step)
-        with runtime.autocast():
-            logits = state.forward(x)
-        # Each micro-batch weighs as much as it has sequences, so that the sum is the mean over the global batch.
-        micro_loss = loss_fn(logits, y) * (len(x) / len(inputs))
+        logits = logits_of(run, state, x, micro_step)
+        micro_loss = loss_fn(logits, y) * share
         micro_loss.backward()
         loss += micro_loss.detach()
     norm = clip_gradients(state, config.optim.grad_clip)
-    values = StepDone(state.step + 1, float(loss), float(norm), rate * config.optim.lr)
-    if not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
+    limit = usual_limit(state.recent_losses)
+    values = StepDone(state.step + 1, float(loss), float(norm), rate * config.optim.lr, limit)
+    # Ten losses that are not finite, one after another, are no accident.
+    if values.is_odd and config.train.skip_spikes and any(map(math.isfinite, state.recent_losses[-10:])):
+        values = replace(values, skipped=True)
+    elif not values.is_finite:
         zero_grad(state)
-        raise RunError(
-            f"at step {state.step} the loss is {values.loss} and the gradient norm {values.grad_norm}; "
-            "the weights have not taken it",
-            fix="a lower optim.lr, more schedule.warmup_steps, or runtime.dtype = float32",
-        )
-    for optimizer in state.optimizers:
+        what = f"at step {state.step:,} the loss is {values.loss} and the gradient norm {values.grad_norm}"
+        fix = "a lower optim.lr, more schedule.warmup_steps, runtime.dtype = float32, or train.skip_spikes = true"
+        raise NonFiniteError(f"{what}; the weights have not taken it", fix=fix)
+    for optimizer in () if values.skipped else state.optimizers:
         optimizer.step()
     zero_grad(state)
+    state.recent_losses = [*state.recent_losses, values.loss][-SPIKE_WINDOW:]
     state.step += 1
     return values
+
+
+def micro_batches(run: Run, batch: tuple[np.ndarray, np.ndarray]) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Inputs and targets, each (micro_batch_size, T), on the device, and their share of the batch.
+
+    Each micro-batch weighs as much as it has sequences, so that the sum is the mean over the global batch.
+    """
+    size = run.config.micro_batch_size
+    inputs, targets = (run.runtime.tensor(array) for array in batch)
+    for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+        yield x, y, len(x) / len(inputs)
+
+
+def logits_of(run: Run, state: TrainState, x: Tensor, micro_step: int, eager: bool = False) -> Tensor:
+    """Logits (B, T, V) in a step of training; what dropout draws depends on seed, step and micro-step alone."""
+    seed_dropout(run.config.train.seed, state.step, micro_step)
+    with run.runtime.autocast():
+        return (state.model if eager else state.forward)(x)
+
+
+def usual_limit(losses: Sequence[float]) -> float:
+    """The loss above which a step is a spike: 6 standard deviations above the mean of the last 128.
+
+    These are the numbers of OLMo-core's SkipStepOptimizer. Infinity while there are too few losses to tell.
+    """
+    usual = [loss for loss in losses if math.isfinite(loss)]
+    if len(usual) < SPIKE_WINDOW // 2:
+        return math.inf
+    return statistics.fmean(usual) + 6 * statistics.pstdev(usual)
 
 
 def clip_gradients(state: TrainState, limit: float) -> Tensor:
@@ -251,8 +309,10 @@ def evaluate(
     finally:
         model.train(was_training)
     if not math.isfinite(nats):
-        what = f"the loss of the {split} split is {float(nats)}: the weights are useless"
-        raise RunError(what, fix="a lower optim.lr or more schedule.warmup_steps, from an earlier checkpoint or anew")
+        name = bad_tensor(model.state_dict())
+        why = f"the weight {name} is not finite" if name else "the weights are useless"
+        fix = "a lower optim.lr or more schedule.warmup_steps, from an earlier checkpoint or anew"
+        raise RunError(f"the loss of the {split} split is {float(nats)}: {why}", fix=fix)
     return Evaluation(float(nats) / count, count, float(nats) / math.log(2) / max(text_bytes, 1))
 
 
@@ -273,41 +333,117 @@ def train(run: Run, state: TrainState, should_stop: Stop = lambda: False) -> Ite
 
     A checkpoint of step s is taken *before* the evaluation at s: whoever resumes it evaluates at s again, with the same
     result, so nothing depends on when the run was interrupted. When `should_stop()` turns true the state is saved and
-    the generator ends with Stopped.
+    the generator ends with Stopped. A save that fails is told as an event; if it is the last, CheckpointError is
+    raised in the end. Raises NonFiniteError, with what went wrong first, when a step cannot be taken.
     """
     config, out_dir = run.config.train, Path(run.config.train.out_dir)
-    latest = out_dir / ckpt.LATEST
-    saved = state.step if latest.exists() else None  # the step that `latest` holds, as far as this call knows
     if run.config.runtime.compile:
         sample = run.runtime.tensor(run.source.batch(0)[0][: run.config.micro_batch_size])
         state.forward, note = compiled(state.model, sample, run.runtime)
         yield Note(note)
-    with closing(prefetch(run.source.batch, state.step, config.max_steps, run.config.runtime.prefetch)) as batches:
-        while True:
+    ahead, final = run.config.runtime.prefetch, None
+    batches = closing(prefetch(run.source.batch, state.step, config.max_steps, ahead, should_stop))
+    with Saver(out_dir, config.keep) as saver, batches as batch_of_step:
+        while final is None:
+            yield from saver.events()
             done = state.step >= config.max_steps
-            if saved != state.step and (done or (state.step and state.step % config.save_interval == 0)):
-                ckpt.save(latest, snapshot(run, state))
-                saved = state.step
-                yield Saved(state.step, latest)
-            evaluated = None
-            if done or state.step % config.eval_interval == 0:
+            looks = done or state.step % config.eval_interval == 0
+            is_due = state.step % config.save_interval == 0 or saver.minutes >= config.save_minutes
+            if state.step and (looks or is_due):
+                yield from save(run, state, saver)
+            if looks:
                 evaluated = evaluate_both(run, state, should_stop)
                 if evaluated is None:
                     break
                 yield evaluated
                 if evaluated.is_best:
-                    ckpt.save(out_dir / ckpt.BEST, snapshot(run, state, evaluated.val.loss))
-                    yield Saved(state.step, out_dir / ckpt.BEST)
-            if done:
-                assert evaluated is not None
-                yield Finished(state.step, evaluated.val, state.best_val_loss)
-                return
-            values = train_step(run, state, next(batches), should_stop)
+                    saver.keep_best(snapshot(run, state))
+                if done:
+                    final = evaluated
+                    continue
+            batch = next(batch_of_step, None)
+            try:
+                values = batch and train_step(run, state, batch, should_stop)
+            except NonFiniteError as error:
+                yield from rescue(run, state, saver)
+                raise explained(error, run, state, batch, saver.step) from None
             if values is None:
                 break
-            if state.step % config.log_interval == 0 or state.step == config.max_steps:
+            if values.is_odd or state.step % config.log_interval == 0 or state.step == config.max_steps:
                 yield values
-    if saved != state.step:
-        ckpt.save(latest, snapshot(run, state))
-        yield Saved(state.step, latest)
-    yield Stopped(state.step)
+        yield from save_last(run, state, saver)
+    yield Finished(state.step, final.val, state.best_val_loss) if final else Stopped(state.step)
+
+
+def save(run: Run, state: TrainState, saver: Saver) -> Iterator[Event]:
+    """Have the state saved, unless it is."""
+    if saver.step != state.step:
+        yield Saving(state.step)
+        saver.save(snapshot(run, state))
+
+
+def save_last(run: Run, state: TrainState, saver: Saver) -> Iterator[Event]:
+    """Wait until the state is on the disk; try twice. Raises CheckpointError if it cannot be saved."""
+    for _ in range(2):
+        yield from save(run, state, saver)
+        yield from saver.finish()
+    if saver.step != state.step:
+        fix = f"mend that, then `tinyllm resume {typed(saver.folder)}` goes on from what was saved before"
+        raise CheckpointError(f"the last step is not saved: {saver.failure}", where=f"{saver.folder}/", fix=fix)
+
+
+def rescue(run: Run, state: TrainState, saver: Saver) -> Iterator[Event]:
+    """Save the state before a step that could not be taken, unless it is no good itself."""
+    if state.step and not bad_tensor(state.model.state_dict() | flat(state_by_name(state.optimizers))):
+        yield from save(run, state, saver)
+    yield from saver.finish()
+
+
+def flat(nested: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    return {f"{section}.{key}": value for section, values in nested.items() for key, value in values.items()}
+
+
+def explained(
+    error: NonFiniteError, run: Run, state: TrainState, batch: tuple[np.ndarray, np.ndarray], saved: int | None
+) -> NonFiniteError:
+    """The error of a step with what went wrong first: which tensor, in which micro-batch, on which text."""
+    origin, text = origin_of(run, state, batch)
+    lines = [error.what, f"first: {origin}"]
+    if text:
+        lines.append(f"text: {text!r}")
+    lines.append("the step before it is saved" if saved == state.step else "the step before it is not saved")
+    if saved is not None and saved != state.step:
+        lines[-1] += f"; step {saved:,} is"
+    return NonFiniteError("\n  ".join(lines), where=run.config.train.out_dir + "/", fix=error.fix)
+
+
+def origin_of(run: Run, state: TrainState, batch: tuple[np.ndarray, np.ndarray]) -> tuple[str, str]:
+    """The first thing that is not finite in a step, in words, and the text of the sequence in which it is.
+
+    The step is made once more, watched, without the optimizers; its dropout is the same again.
+    """
+    if name := bad_tensor(state.model.state_dict()):
+        return f"the weight {name}, before the step", ""
+    if name := bad_tensor(flat(state_by_name(state.optimizers))):
+        return f"the optimizer's {name}, before the step", ""
+    n = run.config.accumulation_steps
+    for micro_step, (x, y, share) in enumerate(micro_batches(run, batch)):
+        with first_bad(state.model) as found:
+            logits = logits_of(run, state, x, micro_step, eager=True)
+            loss = loss_fn(logits, y) * share
+            if not math.isfinite(loss):
+                found.append("the loss")
+            loss.backward()
+        zero_grad(state)
+        if found:
+            rows = loss_fn(logits.detach(), y, "none").view(y.shape).sum(1)
+            row = x[int((~rows.isfinite()).to(torch.int64).argmax())]
+            return f"{found[0]}, in micro-batch {micro_step + 1} of {n}", text_of(run, row)
+    return "nothing was seen when the step was made again: the sum of all gradients, or the machine", ""
+
+
+def text_of(run: Run, tokens: Tensor) -> str:
+    """The text of a sequence (T,), its beginning if it is long."""
+    text = tok.decode(tok.from_json(run.data.tokenizer_json), tokens.tolist())
+    return text if len(text) <= SHOWN else text[:SHOWN] + " ..."

@@ -45,6 +45,10 @@ class RunError(TinyLLMError):
     """A run cannot start or go on: its folder is taken, the device is missing, the loss is not finite."""
 
 
+class NonFiniteError(RunError):
+    """The loss or the gradient of a step is infinite or not a number; the weights have not taken it."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that there was not enough memory: NumPy's, or torch's on a CPU or on a GPU."""
     told = isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", str(error))

@@ -23,12 +23,23 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class StepDone:
-    """An optimizer step, reported at log boundaries. The loss is that of its batch, before the update."""
+    """An optimizer step, told at log boundaries or if it is odd. The loss is that of its batch, before the update."""
 
     step: int  # steps done, this one included
     loss: float  # nats a token
     grad_norm: float  # before clipping
     lr: float
+    limit: float = math.inf  # a loss above it is a spike (see `engine.usual_limit`)
+    skipped: bool = False  # the weights have not taken this step
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether its loss is a spike, or not even finite."""
+        return not (self.is_finite and self.loss <= self.limit)
 
 
 @dataclass(frozen=True)
@@ -42,11 +53,27 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """The state is being written; what has been reported so far belongs to it."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint was written."""
 
     step: int
     path: Path
+
+
+@dataclass(frozen=True)
+class SaveFailed:
+    """A checkpoint could not be written. What was saved before is still there, and the run goes on."""
+
+    step: int
+    path: Path
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -72,4 +99,4 @@ class Finished:
     best_val_loss: float
 
 
-Event = StepDone | Evaluated | Saved | Note | Stopped | Finished
+Event = StepDone | Evaluated | Saving | Saved | SaveFailed | Note | Stopped | Finished

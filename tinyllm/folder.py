@@ -1,33 +1,25 @@
-"""The run's folder: who may write there, the resolved config, and the metrics.
+"""The run's folder: who may write there, what is in it, and what may change in a run that goes on.
 
-    refuse("out", overwrite=False)                     # a folder that holds a run, or cannot be written to
-    with claimed("out"):                               # by one process at a time
-        clear("out")                                   # of the run it held
-        write_config(config)                           # out/run.toml, every value spelled out
-        for event in record(train(run, state), "out"): # out/metrics.jsonl, one JSON object a line
-            ...
-
-A line of metrics is `{"event": "step", "step": 10, "loss": ..., "grad_norm": ..., "lr": ..., "time": ...}` or
-`{"event": "eval", "step": 250, "train_loss": ..., "val_loss": ..., ...}`. Two runs of one config differ in `time`
-alone.
+refuse("out", overwrite=False)                     # a folder that holds a run, or cannot be written to
+with claimed("out"):                               # by one process at a time
+    clear("out")                                   # of the run it held
+    write_config(config)                           # out/run.toml, every value spelled out
+config, found = reopen("out", overrides)           # to go on with it
 """
 
-import json
 import os
 import tempfile
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from tinyllm.checkpoint import BEST, LATEST, Checkpoint, load, run_config
-from tinyllm.config import RunConfig, to_toml
+from tinyllm.checkpoint import BEST, LATEST, Found, checkpoints, find, run_config
+from tinyllm.config import RunConfig, check, to_toml
 from tinyllm.errors import ConfigError, RunError, typed
-from tinyllm.events import Evaluated, Event, StepDone
 from tinyllm.files import locked, write_text
+from tinyllm.metrics import METRICS
 
-CONFIG, METRICS = "run.toml", "metrics.jsonl"
+CONFIG = "run.toml"
 
 
 def refuse(out_dir: str, overwrite: bool) -> None:
@@ -38,7 +30,7 @@ def refuse(out_dir: str, overwrite: bool) -> None:
     folder = Path(out_dir)
     present = run_files(folder)
     if present and not overwrite:
-        goes_on = f"`tinyllm resume {typed(folder / LATEST)}` goes on, " if folder / LATEST in present else ""
+        goes_on = f"`tinyllm resume {typed(folder)}` goes on, " if folder / LATEST in present else ""
         fix = f"{goes_on}--overwrite deletes it and starts anew, --set train.out_dir=... keeps both"
         raise RunError(f"already holds a run ({', '.join(p.name for p in present)})", where=f"{folder}/", fix=fix)
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
@@ -56,7 +48,8 @@ def refuse(out_dir: str, overwrite: bool) -> None:
 
 def run_files(folder: Path) -> list[Path]:
     """What of a run is in the folder."""
-    return [folder / name for name in (LATEST, BEST, METRICS) if (folder / name).exists()]
+    older = [path for path in checkpoints(folder) if path.name not in (LATEST, BEST)]
+    return [*(folder / name for name in (LATEST, BEST, METRICS) if (folder / name).exists()), *sorted(older)]
 
 
 def clear(out_dir: str) -> None:
@@ -69,7 +62,8 @@ def clear(out_dir: str) -> None:
 def claimed(out_dir: str) -> Iterator[None]:
     """Keep other trainings out of the folder, which is made when it is missing. Raises RunError when one is there.
 
-    Where the system or the file system cannot lock a folder, nothing is checked.
+    What a process that was killed had begun to write is deleted. Where the system or the file system cannot lock a
+    folder, nothing is checked.
     """
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +71,18 @@ def claimed(out_dir: str) -> Iterator[None]:
         if got is False:
             fix = "wait for it or stop it, or choose another folder: --set train.out_dir=..."
             raise RunError("another tinyllm is training in this folder", where=f"{folder}/", fix=fix)
+        for name in (CONFIG, METRICS, LATEST, BEST):
+            for path in folder.glob(f"{Path(name).stem}*.tmp"):
+                path.unlink()
         yield
+
+
+def keep_config(path: Path, config: RunConfig) -> None:
+    """Raise ConfigError if the run's own run.toml would overwrite the user's, comments and all."""
+    resolved = Path(config.train.out_dir) / CONFIG
+    if resolved.exists() and resolved.samefile(path) and path.read_text(encoding="utf-8-sig") != to_toml(config):
+        fix = "another train.out_dir, or another name than run.toml"
+        raise ConfigError("the run would overwrite this file with its resolved config", where=str(path), fix=fix)
 
 
 def write_config(config: RunConfig) -> Path:
@@ -88,72 +93,54 @@ def write_config(config: RunConfig) -> Path:
 
 
 # What may differ from the checkpoint's config: none of these changes what a step computes, but for device and dtype,
-# which change the rounding, and model.class, by which the user says which code is meant.
-MAY_CHANGE = ("data.dir", "train.eval_interval", "train.save_interval", "train.log_interval", "runtime.", "model.class")
+# which change the rounding; model.class, by which the user says which code is meant; skip_spikes, which tells what to
+# do about a step that went wrong; and how long the run is, as long as its schedule stays (see `reopen`).
+MAY_CHANGE = (
+    "data.dir",
+    "train.eval_interval",
+    "train.save_interval",
+    "train.save_minutes",
+    "train.keep",
+    "train.log_interval",
+    "train.skip_spikes",
+    "train.max_steps",
+    "schedule.decay_steps",
+    "runtime.",
+    "model.class",
+)
 
 
 def reopen(
-    path: Path, overrides: Sequence[str], may_change: tuple[str, ...] = MAY_CHANGE
-) -> tuple[RunConfig, Checkpoint]:
+    path: Path, overrides: Sequence[str], wanted: str = LATEST, may_change: tuple[str, ...] = MAY_CHANGE
+) -> tuple[RunConfig, Found]:
     """A checkpoint and its run's config, which from now on lives in the checkpoint's folder.
 
-    Raises CheckpointError, and ConfigError for an override of something that makes the run what it is.
+    `wanted`: which one of a folder (see `checkpoint.find`). Raises CheckpointError, and ConfigError for an override of
+    something that makes the run what it is.
     """
-    path = path / LATEST if path.is_dir() else path
     for override in overrides:
         key = override.partition("=")[0].strip()
         if not key.startswith(may_change):
             may = ", ".join(name + "*" if name.endswith(".") else name for name in may_change)
             fix = f"may change: {may}; for anything else start a new run with `tinyllm train`"
             raise ConfigError("cannot change in a run that goes on", where=f"--set {key}", fix=fix)
-    checkpoint = load(path)
-    config = run_config(checkpoint, overrides, where=str(path))
-    here = config.train.model_copy(update={"out_dir": str(path.parent)})
-    return config.model_copy(update={"train": here}), checkpoint
+    found = find(path, wanted)
+    config = run_config(found.checkpoint, overrides, where=str(found.path))
+    if overrides:
+        refuse_other_schedule(check(found.checkpoint.config), config, found.checkpoint.step)
+    here = config.train.model_copy(update={"out_dir": str(found.path.parent)})
+    return config.model_copy(update={"train": here}), found
 
 
-def record(events: Iterable[Event], out_dir: str) -> Iterator[Event]:
-    """Pass the events on, appending steps and evaluations to the metrics."""
-    with open(Path(out_dir) / METRICS, "a", encoding="utf-8") as file:
-        for event in events:
-            if row := as_row(event):
-                file.write(json.dumps(row | {"time": round(time.time(), 3)}) + "\n")
-                file.flush()
-            yield event
-
-
-def as_row(event: Event) -> dict[str, Any] | None:
-    """The metrics of an event; None for one that has none."""
-    match event:
-        case StepDone():
-            values = {"loss": event.loss, "grad_norm": event.grad_norm, "lr": event.lr}
-            return {"event": "step", "step": event.step} | values
-        case Evaluated():
-            parts = {"train": event.train, "val": event.val}
-            losses = {f"{name}_loss": part.loss for name, part in parts.items()}
-            bits = {f"{name}_bits_per_byte": part.bits_per_byte for name, part in parts.items()}
-            return {"event": "eval", "step": event.step} | losses | bits
-    return None
-
-
-def read_metrics(out_dir: str) -> list[dict[str, Any]]:
-    """The rows of a run's metrics; a last line torn by a crash is left out."""
-    path, rows = Path(out_dir) / METRICS, []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows
-
-
-def trim_metrics(out_dir: str, step: int) -> None:
-    """Forget what a run that goes on from `step` will report again: later steps, and evaluations from there on."""
-    path, rows = Path(out_dir) / METRICS, read_metrics(out_dir)
-    kept = [row for row in rows if row["step"] < step or (row["step"] == step and row["event"] == "step")]
-    if path.exists():  # without rows too: the next one must not be appended to a torn line
-        replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+def refuse_other_schedule(old: RunConfig, new: RunConfig, step: int) -> None:
+    """Raise ConfigError when the steps that a run has done would have had another learning rate."""
+    if new.schedule.kind != "constant" and new.decay_steps != old.decay_steps:
+        what = f"the learning rate would decay over {new.decay_steps:,} steps, and has so far over {old.decay_steps:,}"
+        fix = f"add --set schedule.decay_steps={old.decay_steps}; steps after it are made at optim.min_lr"
+        raise ConfigError(what, where="train.max_steps", fix=fix)
+    if new.train.max_steps < step:
+        what = f"{new.train.max_steps:,} is below the {step:,} steps that the run has done"
+        raise ConfigError(what, where="train.max_steps", fix="a number above it, or an earlier checkpoint")
 
 
 def replace_text(path: Path, text: str) -> None:

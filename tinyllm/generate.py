@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tinyllm import custom
 from tinyllm import tokenizer as tok
-from tinyllm.checkpoint import Checkpoint, load_weights, run_config
+from tinyllm.checkpoint import Checkpoint, check_sizes, load_weights, run_config
 from tinyllm.config import RunConfig
 from tinyllm.errors import TokenizerError
 from tinyllm.model import GPT, KVCache
@@ -61,10 +61,11 @@ def generate(
         np.random.Generator(np.random.Philox(key=sampling.seed, counter=[0, 0, i, 0])) for i in range(n_samples)
     ]
     ended = [False] * n_samples
-    cache, new = KVCache(model, n_samples) if isinstance(model, GPT) else None, history
+    size = min(block_size, history.shape[1] + sampling.max_new_tokens)  # positions that can be needed
+    cache, new = KVCache(model, n_samples, size) if isinstance(model, GPT) else None, history
     for _ in range(sampling.max_new_tokens):
         if cache and cache.length + new.shape[1] > block_size:
-            cache, new = KVCache(model, n_samples), history[:, -max(1, block_size // 2) :]
+            cache, new = KVCache(model, n_samples, size), history[:, -max(1, block_size // 2) :]
         logits = (model(new, cache) if cache else model(history))[:, -1, :n_tokens]
         draws = torch.tensor([u.random() for u in uniforms], dtype=torch.float64)
         chosen = choose(logits, sampling, draws)
@@ -108,6 +109,7 @@ class Speaker:
         self.device, _ = choose_device(device)
         self.tokenizer = tok.from_json(checkpoint.tokenizer)
         model, vocab_size = self.config.model, checkpoint.vocab_size
+        check_sizes(checkpoint, model)
         self.model = custom.build(model, vocab_size, self.config.train.seed) if model.class_ else GPT(model, vocab_size)
         load_weights(self.model, checkpoint.model)
         self.model.to(self.device)

@@ -144,11 +144,11 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, (B, H, block_size, D) a layer. `length` of them are filled."""
+    """Keys and values of the tokens seen so far, (B, H, size, D) a layer (0: block_size). `length` are filled."""
 
-    def __init__(self, model: GPT, batch_size: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: GPT, batch_size: int, size: int = 0, dtype: torch.dtype = torch.float32) -> None:
         config = model.config
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        shape = (batch_size, config.n_head, size or config.block_size, config.n_embd // config.n_head)
         device = model.wte.weight.device
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyllm.config import OptimConfig
+from tinyllm.errors import CheckpointError
 
 Optimizers = list[torch.optim.Optimizer]
 
@@ -121,7 +122,11 @@ def state_by_name(optimizers: Optimizers) -> dict[str, dict[str, Any]]:
 
 
 def load_state_by_name(optimizers: Optimizers, state: dict[str, dict[str, Any]]) -> None:
-    """Copy what `state_by_name` returned into optimizers built for the same model and config."""
+    """Copy what `state_by_name` returned into optimizers built for the same model and config.
+
+    Raises CheckpointError for a state that does not fit.
+    """
+    refuse_other_state(optimizers, state)
     for optimizer in optimizers:
         own = optimizer.state_dict()  # numbers the parameters; load_state_dict moves tensors to their devices
         # Copied, since load_state_dict keeps a tensor that is there already: steps would change the checkpoint's.
@@ -132,3 +137,24 @@ def load_state_by_name(optimizers: Optimizers, state: dict[str, dict[str, Any]])
             if name in state
         }
         optimizer.load_state_dict(own | {"state": numbered})
+
+
+def refuse_other_state(optimizers: Optimizers, state: dict[str, dict[str, Any]]) -> None:
+    """Raise CheckpointError unless each state is of a parameter there is, and has its shape."""
+    shapes = {
+        name: parameter.shape
+        for group in all_groups(optimizers)
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
+    for name, values in state.items():
+        tensors = {key: v for key, v in values.items() if isinstance(v, Tensor) and v.dim()}
+        wrong = next((key for key, v in tensors.items() if v.shape != shapes.get(name)), None)
+        if name not in shapes or wrong:
+            what = f"{name}.{wrong} is {tuple(values[wrong].shape)}" if wrong else f"there is no {name} to train"
+            raise CheckpointError(f"the checkpoint's optimizer state does not fit its config: {what}")
+
+
+def state_bytes(optimizers: Optimizers) -> int:
+    """Bytes of the optimizers' state after the first step: two averages a parameter, for Muon one."""
+    averages = {type(optimizer): 1 if isinstance(optimizer, torch.optim.Muon) else 2 for optimizer in optimizers}
+    return sum(averages[type(o)] * p.nbytes for o in optimizers for group in o.param_groups for p in group["params"])

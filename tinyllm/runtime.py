@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -164,6 +165,21 @@ def compiled(model: nn.Module, tokens: Tensor, runtime: Runtime) -> tuple[nn.Mod
     finally:
         model.zero_grad(set_to_none=True)
     return fast, f"compiled in {time.perf_counter() - start:.0f} s"
+
+
+def environment(runtime: Runtime, compile: bool) -> dict[str, str]:
+    """What the last bits of a result depend on, beside the run config: versions, device, precision, threads."""
+    if runtime.device.type == "cuda":
+        device = f"{torch.cuda.get_device_name(runtime.device)}, CUDA {torch.version.cuda}"
+    else:
+        device = f"{runtime.device.type}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "torch": str(torch.__version__),
+        "device": device,
+        "dtype": runtime.dtype_name,
+        "threads": str(torch.get_num_threads()),
+        "compile": "yes" if compile else "no",
+    }
 
 
 # ---- What the machine has ----

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tinyllm import __version__
 from tinyllm.errors import TinyLLMError, typed
-from tinyllm.events import Evaluated, Evaluation, Event, Finished, Note, Saved, StepDone, Stopped
+from tinyllm.events import Evaluated, Evaluation, Event, Finished, Note, Saved, SaveFailed, StepDone, Stopped
 from tinyllm.examples import Example
 from tinyllm.numbers import amount
 
@@ -73,6 +73,11 @@ def show_error(error: TinyLLMError) -> None:
 def note(text: str) -> None:
     """A line of progress."""
     stderr().print(Text(text, style="dim"))
+
+
+def warn(text: str) -> None:
+    """A line that must not be overlooked, and does not end the command."""
+    stderr().print(Text.assemble(("warning: ", "bold yellow"), text))
 
 
 def result(text: str) -> None:
@@ -175,6 +180,8 @@ def show_training(events: Iterable[Event], run: "Run", step: int) -> Finished | 
         for event in events:
             match event:
                 case StepDone():
+                    if event.is_odd:
+                        warn(odd_step(event))
                     rate = clock.tick(event.step)
                     eta = clock.eta(config.train.max_steps)
                     values = f"loss {event.loss:.3f} norm {event.grad_norm:.2f} lr {event.lr:.1e}"
@@ -184,6 +191,8 @@ def show_training(events: Iterable[Event], run: "Run", step: int) -> Finished | 
                     clock.skip()
                 case Saved():
                     clock.skip()
+                case SaveFailed():
+                    warn(f"{event.path}, step {event.step:,}: {event.reason}; the run goes on")
                 case Note():
                     console.print(Text(event.text, "dim"))
                     clock.skip()
@@ -191,6 +200,22 @@ def show_training(events: Iterable[Event], run: "Run", step: int) -> Finished | 
                     last = event
     assert last is not None
     return last
+
+
+def odd_step(event: StepDone) -> str:
+    """What is odd about a step, and what was done about it."""
+    what = f"the loss {event.loss:.3f}" if event.is_finite else f"loss {event.loss}, gradient norm {event.grad_norm}"
+    usual = f" is above {event.limit:.3f}, 6 deviations over the last ones" if event.is_finite else ""
+    done = "skipped" if event.skipped else "taken (train.skip_spikes would leave it out)"
+    return f"step {event.step:,}: {what}{usual}; {done}"
+
+
+def show_changes(changes: Sequence[Mapping[str, Any]]) -> None:
+    """What is not as it was in a run that goes on, and what that means for its numbers."""
+    for change in changes:
+        note(f"changed: {change['what']} = {change['from']} -> {change['to']}")
+    if any("." not in change["what"] for change in changes):  # of the machine, not of the config
+        note("the numbers may differ in their last bits from those of a run that was never stopped")
 
 
 def evaluation_row(event: Evaluated) -> Text:

@@ -3,7 +3,7 @@
 from planted.bug import bug
 
 EVAL_LOSS = '            nats += loss_fn(logits, run.runtime.tensor(targets), "sum").cpu().double()\n'
-SEED = "        seed_dropout(config.train.seed, state.step, micro_step)\n"
+SEED = "    seed_dropout(run.config.train.seed, state.step, micro_step)\n"
 BFLOAT16 = ("runtime.dtype=bfloat16",)
 
 BUGS = [
@@ -171,7 +171,7 @@ BUGS = [
         "seeded by the clock",
         "time.time() as a seed",
         ("repeatable", "training mode"),
-        ("engine.py", SEED, "        torch.manual_seed(__import__('time').time_ns())\n"),
+        ("engine.py", SEED, "    torch.manual_seed(__import__('time').time_ns())\n"),
     ),
     bug(
         "weights depend on what was drawn before",
@@ -230,7 +230,7 @@ BUGS = [
         "checkpoint",
         (
             "engine.py",
-            "model=state.model.state_dict()",
+            "model=dict(state.model.state_dict())",
             "model={n: t.bfloat16() for n, t in state.model.state_dict().items()}",
         ),
     ),
@@ -262,7 +262,7 @@ BUGS = [
         "checkpoint",
         (
             "engine.py",
-            "model=state.model.state_dict()",
+            "model=dict(state.model.state_dict())",
             "model={n: t if 'bias' not in n else torch.zeros_like(t) for n, t in state.model.state_dict().items()}",
         ),
     ),
@@ -292,10 +292,9 @@ BUGS = [
         "those of the last save",
         "train loop",
         (
-            "engine.py",
-            "                    ckpt.save(out_dir / ckpt.BEST, snapshot(run, state, evaluated.val.loss))\n",
-            "                    old = ckpt.load(latest) if latest.exists() else snapshot(run, state)\n"
-            "                    ckpt.save(out_dir / ckpt.BEST, old)\n",
+            "saver.py",
+            "link(self.folder / LATEST, path,",
+            "link(next(self.folder.glob('ckpt-*.pt'), self.folder / LATEST), path,",
         ),
     ),
     # ---- The loop ----
@@ -311,8 +310,8 @@ BUGS = [
         "train loop",
         (
             "engine.py",
-            "train_step(run, state, next(batches)",
-            "train_step(run, state, run.source.batch(state.step + 1)",
+            "batch = next(batch_of_step, None)",
+            "batch = run.source.batch(state.step + 1)",
         ),
     ),
     bug(
@@ -325,7 +324,8 @@ BUGS = [
         "the last weights are not saved",
         "a checkpoint every so many steps, and none at the end",
         "train loop",
-        ("engine.py", "(done or (state.step and state.step % config", "((state.step and state.step % config"),
+        ("engine.py", "if state.step and (looks or is_due):", "if state.step and is_due:"),
+        ("engine.py", "yield from save_last(run, state, saver)", "yield from saver.finish()"),
     ),
     bug(
         "the checkpoint of before the step",

@@ -3,11 +3,11 @@
 from planted.bug import bug
 
 LOSS = "F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction=reduction)"
-WEIGHTED = "loss_fn(logits, y) * (len(x) / len(inputs))"
+WEIGHTED = "micro_loss = loss_fn(logits, y) * share"
 BACKWARD = "        micro_loss.backward()\n"
 CLIP = "    norm = clip_gradients(state, config.optim.grad_clip)\n"
-STEP = "    for optimizer in state.optimizers:\n        optimizer.step()\n"
-END = "    zero_grad(state)\n    state.step += 1\n"
+STEP = "    for optimizer in () if values.skipped else state.optimizers:\n        optimizer.step()\n"
+END = "    zero_grad(state)\n    state.recent_losses"
 RATE = "    set_learning_rate(state.optimizers, rate)\n"
 ADAMW = "torch.optim.AdamW(list(as_dicts.values()), betas=config.betas, eps=config.eps, fused=True)"
 BFLOAT16 = ("runtime.dtype=bfloat16",)
@@ -119,7 +119,7 @@ BUGS = [
         (
             "engine.py",
             "        micro_loss.backward()\n",
-            "        (0.9 * micro_loss - 0.1 * logits.log_softmax(-1).mean() * (len(x) / len(inputs))).backward()\n",
+            "        (0.9 * micro_loss - 0.1 * logits.log_softmax(-1).mean() * share).backward()\n",
         ),
     ),
     # ---- Accumulation ----
@@ -127,25 +127,25 @@ BUGS = [
         "micro-batches not divided",
         "their gradients add up: the step is as many times too large",
         ("gradient", "accumulation"),
-        ("engine.py", WEIGHTED, "loss_fn(logits, y)"),
+        ("engine.py", WEIGHTED, "micro_loss = loss_fn(logits, y)"),
     ),
     bug(
         "micro-batches divided twice",
         "by their number, and once more",
         ("gradient", "accumulation"),
-        ("engine.py", WEIGHTED, "loss_fn(logits, y) / config.accumulation_steps**2"),
+        ("engine.py", WEIGHTED, "micro_loss = loss_fn(logits, y) / config.accumulation_steps**2"),
     ),
     bug(
         "divided by the rows",
         "the mean is there already",
         ("gradient", "accumulation"),
-        ("engine.py", WEIGHTED, "loss_fn(logits, y) / len(inputs)"),
+        ("engine.py", WEIGHTED, "micro_loss = loss_fn(logits, y) / config.train.batch_size"),
     ),
     bug(
         "a running mean of micro-batches",
         "weighted by 1 / (i + 1): the first count most",
         ("gradient", "accumulation"),
-        ("engine.py", WEIGHTED, "loss_fn(logits, y) / (micro_step + 1)"),
+        ("engine.py", WEIGHTED, "micro_loss = loss_fn(logits, y) / (micro_step + 1)"),
     ),
     bug(
         "only the last micro-batch",
@@ -165,10 +165,8 @@ BUGS = [
         ("gradient", "accumulation"),
         (
             "engine.py",
-            "        with runtime.autocast():\n            logits = state.forward(x)\n",
-            "        x, y = inputs[: len(x)], targets[: len(x)]\n"
-            "        with runtime.autocast():\n"
-            "            logits = state.forward(x)\n",
+            "        yield x, y, len(x) / len(inputs)\n",
+            "        yield inputs[: len(x)], targets[: len(x)], len(x) / len(inputs)\n",
         ),
     ),
     bug(
@@ -190,7 +188,7 @@ BUGS = [
         ("engine.py", "        loss += micro_loss.detach()\n", "        loss = micro_loss.detach()\n"),
     ),
     # ---- zero_grad ----
-    bug("no zero_grad", "gradients of all steps add up", "zero_grad", ("engine.py", END, "    state.step += 1\n")),
+    bug("no zero_grad", "gradients of all steps add up", "zero_grad", ("engine.py", END, "    state.recent_losses")),
     bug(
         "zero_grad for the first optimizer only",
         "Muon's gradients are cleared, AdamW's are not",
@@ -279,13 +277,13 @@ BUGS = [
         "nan goes on",
         "nobody looks whether the loss is finite: one bad batch, and all weights are nan",
         "overflow",
-        ("engine.py", "if not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):", "if False:"),
+        ("engine.py", "elif not values.is_finite:", "elif False:"),
     ),
     bug(
         "the gradient may be infinite",
         "the loss is looked at, the gradient is not",
         "overflow",
-        ("engine.py", "math.isfinite(values.loss) and math.isfinite(values.grad_norm)", "math.isfinite(values.loss)"),
+        ("engine.py", "elif not values.is_finite:", "elif not math.isfinite(values.loss):"),
     ),
     # ---- The optimizer's groups ----
     bug(
@@ -404,10 +402,12 @@ BUGS = [
         (
             "engine.py",
             STEP,
-            "    for optimizer in state.optimizers:\n"
-            "        for averages in optimizer.state.values():\n"
-            "            averages['step'].fill_(10_000)\n"
-            "        optimizer.step()\n",
+            STEP.replace(
+                "        optimizer",
+                "        for averages in optimizer.state.values():\n"
+                "            averages['step'].fill_(10_000)\n"
+                "        optimizer",
+            ),
         ),
     ),
     bug(
@@ -423,7 +423,7 @@ BUGS = [
         (
             "engine.py",
             STEP,
-            "    for optimizer in state.optimizers if state.step % 2 else ():\n        optimizer.step()\n",
+            STEP.replace("values.skipped", "state.step % 2 == 0"),
         ),
     ),
     bug(
@@ -432,8 +432,8 @@ BUGS = [
         ("one step", "weights move"),
         (
             "engine.py",
-            "    for optimizer in state.optimizers:\n        optimizer.step()\n",
-            "    for optimizer in state.optimizers[:1]:\n        optimizer.step()\n",
+            STEP,
+            STEP.replace("state.optimizers:", "state.optimizers[:1]:"),
         ),
         set=("optim.name=muon", "optim.muon_lr=0.01"),
     ),
@@ -533,7 +533,7 @@ BUGS = [
         "another rate is shown than used",
         "the factor in place of the rate, in the metrics and the plots",
         ("schedule in use", "train loop"),
-        ("engine.py", "rate * config.optim.lr)", "rate)"),
+        ("engine.py", "rate * config.optim.lr, limit)", "rate, limit)"),
     ),
     bug(
         "only the first group gets the rate",

@@ -5,6 +5,7 @@ run will do (see measure.py), once for both.
 """
 
 import io
+import math
 import shutil
 import time as clock
 from collections.abc import Mapping
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyllm import checkpoint as ckpt
+from tinyllm.archive import SEAL_SIZE
 from tinyllm.config import RunConfig, to_toml
-from tinyllm.engine import Run, TrainState, snapshot
+from tinyllm.engine import SPIKE_WINDOW, Run, TrainState, snapshot
 from tinyllm.errors import RunError
 from tinyllm.model import GPT
 from tinyllm.numbers import amount, lasting, size_of
@@ -121,22 +123,38 @@ def disk(subject: Subject, free_bytes: int | None = None) -> Result:
     """What the run's folder will hold, and while a checkpoint is saved, against what is free (or `free_bytes`)."""
     run, out_dir = subject.run, Path(subject.run.config.train.out_dir)
     one = checkpoint_bytes(run, subject.fresh)
-    kept = 2 * one + metrics_bytes(run.config) + len(to_toml(run.config).encode())
-    peak = kept + one
-    present = [out_dir / name for name in (ckpt.LATEST, ckpt.BEST)]
+    rest = metrics_bytes(run.config) + len(to_toml(run.config).encode())
+    kept = one * len(kept_steps(run.config)) + rest
+    # While a checkpoint is written aside, all that are kept can be of different steps.
+    peak = one * (2 * run.config.train.keep + 1) + rest
     free = shutil.disk_usage(existing(out_dir)).free if free_bytes is None else free_bytes
     # What the folder holds of a run goes before a new one begins, and is written over when it goes on.
-    free += sum(path.stat().st_size for path in present if path.is_file())
+    files = [path.stat() for path in ckpt.checkpoints(out_dir)]
+    free += sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
     values = {"checkpoint_bytes": one, "bytes_on_disk": kept, "peak_bytes_on_disk": peak, "free_bytes": free}
-    measured = f"{size_of(kept)} in the end ({ckpt.LATEST}, {ckpt.BEST}), {size_of(peak)} during a save"
+    measured = f"{size_of(kept)} in the end, a checkpoint is {size_of(one)}; up to {size_of(peak)} on the way"
     expected = f"up to {size_of(free)}, which is free"
     if peak > free:
         diagnosis = (
-            "a save would fail, at the latest the first of a second checkpoint: it is written aside, then renamed"
+            f"a save would fail: train.keep = {run.config.train.keep} of the latest and of the best, and one aside"
         )
-        fix = f"free {size_of(peak - free)} more, or another disk: --set train.out_dir=..."
+        fix = f"free {size_of(peak - free)} more, a smaller train.keep, or another disk: --set train.out_dir=..."
         return failed(measured, expected, diagnosis, fix, values=values)
     return passed(measured, expected, values=values)
+
+
+def kept_steps(config: RunConfig) -> list[tuple[str, int]]:
+    """The checkpoints that are on the disk in the end, if each evaluation is the best so far; one that is both, once."""
+    train = config.train
+
+    def last(interval: int) -> list[int]:
+        late = range(train.max_steps // interval * interval, 0, -interval)
+        return [*dict.fromkeys([train.max_steps, *late[: train.keep]])]
+
+    best = last(train.eval_interval)[: train.keep]
+    latest = sorted({*last(train.save_interval), *best}, reverse=True)[: train.keep]
+    shared = train.keep > 1  # the latest and the best are then names of one file
+    return [("latest", step) for step in latest] + [("best", step) for step in best if not (shared and step in latest)]
 
 
 def checkpoint_bytes(run: Run, model: nn.Module) -> int:
@@ -156,12 +174,13 @@ def checkpoint_bytes(run: Run, model: nn.Module) -> int:
         data[storage.data_ptr() or id(value)] = storage.nbytes()
         return torch.zeros((), dtype=value.dtype).expand(value.shape)
 
-    record = snapshot(run, TrainState(model, []))
-    weights = hollow(record.model)
+    losses = [0.0] * min(SPIKE_WINDOW, run.config.train.max_steps)
+    checkpoint = snapshot(run, TrainState(model, [], recent_losses=losses))
+    weights = hollow(checkpoint.model)
     state, state_bytes = optimizer_state(run, model)
     file = io.BytesIO()
-    torch.save(vars(replace(record, model=weights, optimizer=state)), file)
-    return file.tell() + sum(data.values()) + state_bytes
+    torch.save(ckpt.as_record(replace(checkpoint, model=weights, optimizer=state)), file)
+    return file.tell() + SEAL_SIZE + sum(data.values()) + state_bytes
 
 
 def optimizer_state(run: Run, model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], int]:
@@ -298,8 +317,9 @@ def with_warnings(measured: str, total: float, step: float, config: RunConfig, v
 
 
 def total_seconds(cost: Cost, config: RunConfig) -> tuple[float, dict[str, float]]:
-    """Seconds from the command to its end, and what they go to. Each evaluation is taken to be the best so far."""
-    saves = -(-config.train.max_steps // config.train.save_interval) + evaluations(config) - 1
+    """Seconds from the command to its end, and what they go to; saves at each interval, evaluation, and the end."""
+    steps, intervals = config.train.max_steps, (config.train.save_interval, config.train.eval_interval)
+    saves = sum(steps // n for n in intervals) - steps // math.lcm(*intervals) + all(steps % n for n in intervals)
     assert cost.step_seconds is not None
     assert cost.eval_seconds is not None
     parts = {

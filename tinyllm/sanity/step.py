@@ -23,7 +23,7 @@ CLOSE = 1e-3  # relative; float32 sums in another order differ by 1e-6, a mistak
 
 def plain(subject: Subject, micro_batch_size: int = 0, grad_clip: float = 0.0, **optim: Any) -> Run:
     """The exact run with ROWS sequences a step, its micro-batches and its clipping as given, at a constant rate."""
-    train = {"batch_size": ROWS, "micro_batch_size": micro_batch_size}
+    train = {"batch_size": ROWS, "micro_batch_size": micro_batch_size, "skip_spikes": False}
     schedule = {"kind": "constant", "warmup_steps": 0}
     return variant(subject.exact, {"train": train, "optim": {"grad_clip": grad_clip, **optim}, "schedule": schedule})
 

@@ -53,7 +53,7 @@ def learning_by_heart(run: Run, rows: int) -> Run:
             "model": {"dropout": 0.0, "attn_dropout": 0.0},
             "optim": {"lr": rate, "muon_lr": min(run.config.optim.muon_lr, 0.05), "min_lr": 0.0, "weight_decay": 0.0},
             "schedule": {"kind": "constant", "warmup_steps": 10},
-            "train": {"batch_size": rows, "micro_batch_size": 0},
+            "train": {"batch_size": rows, "micro_batch_size": 0, "skip_spikes": False},
             "runtime": {"compile": False},
         },
     )
@@ -132,7 +132,7 @@ def shortened(subject: Subject) -> Run:
         run,
         {
             "schedule": {"kind": "constant", "warmup_steps": warmup},
-            "train": {"batch_size": rows, "micro_batch_size": 0},
+            "train": {"batch_size": rows, "micro_batch_size": 0, "skip_spikes": False},
             "runtime": {"compile": False},
         },
     )
