@@ -1,6 +1,7 @@
 """Token files by hand, and batches and evaluation windows against naive Python."""
 
 import hashlib
+import itertools
 import struct
 import threading
 import time
@@ -471,3 +472,18 @@ def test_leaving_early_leaves_no_thread(leave):
     assert not workers()
     assert made[0] == 0
     assert len(made) < 9, "the others that were asked for ahead are not made any more"
+
+
+def test_one_waits_for_a_batch_only_until_asked_to_stop():
+    """A file may be on a disk that hangs."""
+    hangs, asked = threading.Event(), itertools.count()
+
+    def make(index):
+        if index == 3:
+            hangs.wait(30)
+        return index
+
+    started = time.monotonic()
+    assert list(prefetch(make, 0, 10, 2, lambda: next(asked) >= 2)) == [0, 1, 2]
+    assert time.monotonic() - started < 10
+    hangs.set()

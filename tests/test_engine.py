@@ -1,6 +1,8 @@
 """The engine: a resumed run against an uninterrupted one, bit by bit; a step against a plain torch loop; evaluation."""
 
+import itertools
 import math
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 
 from tinyllm import checkpoint as ckpt
 from tinyllm import tokenizer as tok
-from tinyllm.config import RunConfig
+from tinyllm.config import RunConfig, check, to_dict
 from tinyllm.data import IGNORED
 from tinyllm.engine import Run, TrainState, evaluate, new_state, open_run, restore, snapshot, train, train_step
 from tinyllm.errors import CheckpointError, ConfigError, DataError, NonFiniteError, RunError
@@ -577,3 +579,107 @@ def test_a_text_that_was_changed_under_a_checkpoint_is_refused(make_config, tmp_
     list(prepare(make_config(*overrides).data))
     with pytest.raises(CheckpointError, match="other data than the checkpoint's"):
         restore(open_run(make_config(*overrides)), made)
+
+
+# ---- What is not as it was ----
+
+
+def test_what_was_changed_on_the_way_is_told_and_kept(make_config, tmp_path):
+    """In the state, and so in all checkpoints after it."""
+    start(make_config(), lambda state: lambda: state.step >= 7)
+    config, found = reopen(tmp_path / "out", ["train.log_interval=2", "runtime.prefetch=0"])
+    elsewhere = replace(found.checkpoint, environment=found.checkpoint.environment | {"torch": "1.0"})
+    run = open_run(config)
+    state = restore(run, elsewhere)
+    assert state.changes == [
+        {"step": 7, "what": "train.log_interval", "from": 1, "to": 2},
+        {"step": 7, "what": "runtime.prefetch", "from": 2, "to": 0},
+        {"step": 7, "what": "torch", "from": "1.0", "to": torch.__version__},
+    ]
+    list(train(run, state))
+    final = ckpt.load(tmp_path / "out" / "ckpt.pt")
+    assert final.changes == state.changes
+    _, found = reopen(tmp_path / "out", [])
+    assert restore(run, found.checkpoint).changes == state.changes, "nothing new"
+
+
+def test_nothing_is_told_of_a_run_that_only_goes_on(make_config, tmp_path):
+    start(make_config(), lambda state: lambda: state.step >= 7)
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    config, found = reopen(tmp_path / "moved", [])
+    assert restore(open_run(config), found.checkpoint).changes == []
+
+
+def test_minutes_save_too(make_config, tmp_path, monkeypatch):
+    config = make_config("train.eval_interval=100", "train.save_interval=100", "train.save_minutes=5")
+    now = itertools.count(0.0, 50.0)  # each look at the clock is 50 seconds later
+    monkeypatch.setattr("tinyllm.saver.time.monotonic", lambda: next(now))
+    _, events = start(config)
+    saved = [e.step for e in events if isinstance(e, Saving)]
+    assert len(saved) > 2
+    assert max(b - a for a, b in pairwise([0, *saved])) <= 6
+    assert saved[-1] == 20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.n_layer=1000000000"], "the config says 1,000,000,000 layers, the checkpoint holds"),
+        (["model.n_embd=1000000"], r"blocks\.0\.attn\.proj\.bias is \(16,\), and must be \(1000000,\)"),
+        (["model.n_embd=100000000000"], "no machine holds a model of n_embd = 100,000,000,000 and block_size = 16"),
+        (["model.block_size=1000000000"], r"wpe\.weight is \(16, 16\), and must be \(1000000000, 16\)"),
+        (["model.n_layer=2"], r"is not in the file, and must be \(16,\)"),
+    ],
+)
+def test_sizes_are_compared_before_memory_is_taken(make_run, overrides, message):
+    run = make_run()
+    checkpoint = snapshot(run, new_state(run))
+    other = check(to_dict(run.config), overrides)
+    with pytest.raises(CheckpointError, match=f"the checkpoint's weights do not fit its config: .*{message}"):
+        ckpt.check_sizes(checkpoint, other.model)
+
+
+def test_tables_of_positions_are_compared_too(make_run):
+    """They are made for block_size, and not in the file."""
+    run = make_run(recipe="modern")
+    checkpoint = snapshot(run, new_state(run))
+    ckpt.check_sizes(checkpoint, check(to_dict(run.config), ["model.block_size=100000"]).model)
+    with pytest.raises(CheckpointError, match="= 100,000,000 takes 3,200,000,000 bytes for positions alone"):
+        ckpt.check_sizes(checkpoint, check(to_dict(run.config), ["model.block_size=100000000"]).model)
+
+
+def test_an_optimizer_state_of_another_shape_is_refused(make_run):
+    run = make_run()
+    state = new_state(run)
+    train_step(run, state)
+    held = snapshot(run, state)
+    entry = held.optimizer["wpe.weight"]
+    for wrong, message in (
+        ({"wpe.weight": entry | {"exp_avg": torch.zeros(3)}}, r"wpe\.weight\.exp_avg is \(3,\)"),
+        ({"other": entry}, "there is no other to train"),
+    ):
+        with pytest.raises(
+            CheckpointError, match=f"the checkpoint's optimizer state does not fit its config: {message}"
+        ):
+            restore(run, replace(held, optimizer=held.optimizer | wrong))
+
+
+# ---- A save that fails ----
+
+
+def test_a_run_whose_last_step_cannot_be_saved_says_so(make_config, tmp_path, monkeypatch):
+    def full_disk(path, record, step):
+        if step == 20:
+            raise OSError(28, "No space left on device")
+        write(path, record, step)
+
+    write = ckpt.archive.write
+    monkeypatch.setattr(ckpt.archive, "write", full_disk)
+    with pytest.raises(CheckpointError, match=r"the last step is not saved: .*No space left on device") as error:
+        start(make_config())
+    assert f"tinyllm resume {tmp_path}/out" in error.value.fix
+    assert ckpt.load(tmp_path / "out" / "ckpt.pt").step == 10
+    monkeypatch.undo()
+    state, _ = go_on(tmp_path / "out")
+    whole, _ = start(make_config(f"train.out_dir={tmp_path}/whole"))
+    assert differing(all_of(state), all_of(whole)) == []

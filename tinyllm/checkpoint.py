@@ -232,8 +232,12 @@ def check_sizes(checkpoint: Checkpoint, config: ModelConfig) -> None:
     if config.n_layer > len(weights):
         what = f"the config says {config.n_layer:,} layers, the checkpoint holds {len(weights):,} tensors"
         raise CheckpointError(f"the checkpoint's weights do not fit its config: {what}")
-    with torch.device("meta"):  # shapes without values
-        model = GPT(config, checkpoint.vocab_size)
+    try:
+        with torch.device("meta"):  # shapes without values
+            model = GPT(config, checkpoint.vocab_size)
+    except RuntimeError:  # more bytes than 64 bits can count
+        what = f"no machine holds a model of n_embd = {config.n_embd:,} and block_size = {config.block_size:,}"
+        raise CheckpointError(f"the checkpoint's weights do not fit its config: {what}") from None
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(wanted.keys() | weights.keys()):
         here = tuple(weights[name].shape) if name in weights else "not in the file"

@@ -147,10 +147,11 @@ def refuse_other_state(optimizers: Optimizers, state: dict[str, dict[str, Any]])
         for name, parameter in zip(group["names"], group["params"], strict=True)
     }
     for name, values in state.items():
-        tensors = {key: v for key, v in values.items() if isinstance(v, Tensor) and v.dim()}
-        wrong = next((key for key, v in tensors.items() if v.shape != shapes.get(name)), None)
-        if name not in shapes or wrong:
-            what = f"{name}.{wrong} is {tuple(values[wrong].shape)}" if wrong else f"there is no {name} to train"
+        what = f"there is no {name} to train" if name not in shapes else ""
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != shapes.get(name):
+                what = what or f"{name}.{key} is {tuple(value.shape)}, and must be {tuple(shapes[name])}"
+        if what:
             raise CheckpointError(f"the checkpoint's optimizer state does not fit its config: {what}")
 
 

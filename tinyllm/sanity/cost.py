@@ -144,7 +144,7 @@ def disk(subject: Subject, free_bytes: int | None = None) -> Result:
 
 
 def kept_steps(config: RunConfig) -> list[tuple[str, int]]:
-    """The checkpoints that are on the disk in the end, if each evaluation is the best so far; one that is both, once."""
+    """The checkpoints that are on the disk in the end, if each evaluation is the best; one that is both, once."""
     train = config.train
 
     def last(interval: int) -> list[int]:
