@@ -90,7 +90,8 @@ eval_interval = 2.5
         ("[model]\nn_embd = 30\nn_head = 4", "2: model.n_embd = 30: must be a multiple of model.n_head = 4"),
         (
             '[model]\nn_embd = 12\npositions = "rope"',
-            "2: model.n_embd = 12: rotary positions need an even head size, n_embd / n_head = 3 is odd",
+            "2: model.n_embd = 12: rotary positions (model.positions) need an even head size, "
+            "model.n_embd / model.n_head = 3 is odd",
         ),
         ("[model]\nargs = {a = 1}", "2: model.args = {'a': 1}: is for a class of your own: set model.class too"),
         (
@@ -107,7 +108,8 @@ eval_interval = 2.5
         ),
         (
             "[data]\nvocab_size = 256",
-            "2: data.vocab_size = 256: a byte-level BPE needs at least 257 (256 bytes and <|endoftext|>)",
+            "2: data.vocab_size = 256: a byte-level BPE (data.tokenizer) needs at least 257 "
+            "(256 bytes and <|endoftext|>)",
         ),
     ],
 )
@@ -219,6 +221,15 @@ def test_wrong_keys_are_not_held_against_others(tmp_path):
             "3: model.args = 07:32:00: must hold plain values: text, numbers, true or false, lists and tables of them",
         ),
         ('[model]\nclass = "a.py:B"\n[model.args]\na = nan', "3: model.args = nan: must be a finite number"),
+        (
+            '[model]\nclass = "a.py:B"\n[model.args]\na = [{b = 0x10000000000000000}]',
+            "3: model.args = {'a': [{'b': 18446744073709551616}]}: the whole numbers in it must have 64 bits at most",
+        ),
+        (f"[train]\nseed = 0x{'f' * 4000}", f"2: train.seed = ...: must be less than {1 << 63}"),
+        (f"[optim]\nlr = 1{'0' * 400}", f"2: optim.lr = 1{'0' * 56}...: must not be so large"),
+        ("[optim]\nmuon_lr = 1e300", f"2: optim.muon_lr = 1e+300: must be less than or equal to 1{'0' * 30}"),
+        ("[model]\nn_layer = 1_000_000_000", "2: model.n_layer = 1000000000: must be less than or equal to 1000"),
+        ('[data]\ndir = "a\u2028b"\nseparator = 1', '3: data.separator = 1: must be text in quotes, like "..."'),
     ],
 )
 def test_each_kind_of_value(tmp_path, text, expected):
@@ -231,6 +242,38 @@ def test_every_alias_leads_to_a_key_that_exists(tmp_path, alias):
     assert key in RunConfig.model_fields[section].annotation.model_fields
     (line,) = problems(write(tmp_path, f"[runtime]\n{alias} = 1"))
     assert line == f"run.toml:2: runtime.{alias} = 1: unknown key; here it is {section}.{key}"
+
+
+def test_names_that_are_hardly_any(tmp_path):
+    path = write(tmp_path, f'[train]\n"a\\nb" = 1\n"" = 2\n{"x" * 99} = 3\n["\\u001b[31m"]')
+    names = [line.partition(" = ")[0] for line in problems(path)]
+    long = '"train.' + "x" * 51 + '..."'
+    assert names[:3] == [r'run.toml: "train.a\nb"', 'run.toml:3: "train."', f"run.toml:4: {long}"]
+    assert names[3].startswith(r'run.toml: "\u001b[31m": unknown section')
+
+
+def test_deep_nesting(tmp_path):
+    for deep in ("[" * 5000, "[" * 5000 + "]" * 5000, "{a=" * 5000 + "1" + "}" * 5000):
+        path = write(tmp_path, f"[model]\nargs = {{a = {deep}}}")
+        assert problems(path) == ["run.toml: lists or tables in it are nested too deeply"]
+    assert problems(write(tmp_path, f"data{'.a' * 5000} = 1"))[0].startswith("run.toml: data.a = ...: unknown key; ")
+    path = write(tmp_path, f'[model]\nclass = "a.py:B"\nargs = {{a = {"[" * 260}{"]" * 260}}}')
+    assert problems(path) == [f"run.toml:3: model.args = {'[' * 5}{']' * 5}: must not be nested so deeply"]
+    assert problems(write(tmp_path, ""), ["model.n_layer=" + "[" * 5000])[0].endswith("must be a whole number")
+
+
+def test_numbers_of_thousands_of_digits(tmp_path):
+    path = write(tmp_path, f"[train]\nseed = {'9' * 5000}")
+    assert problems(path) == ["run.toml: a number in it has thousands of digits"]
+    assert problems(write(tmp_path, ""), [f"train.seed={'9' * 5000}"])[0].endswith("must be a whole number")
+
+
+def test_of_many_mistakes_the_first_are_told(tmp_path):
+    path = write(tmp_path, "[train]\n" + "".join(f"seeds{i} = 1\n" for i in range(2000)))
+    lines = problems(path)
+    assert lines[0] == "run.toml:2: train.seeds0 = 1: unknown key; did you mean train.seed?"
+    assert len(lines) == 51
+    assert lines[-1] == "and 1,950 more"
 
 
 def test_long_values_are_shortened_and_stay_on_their_line(tmp_path):
@@ -393,11 +436,11 @@ def configs(draw):
             "source": NAME,
             "dir": NAME,
             "tokenizer": NAME.filter(lambda name: name != "bpe"),
-            "vocab_size": st.integers(1, 1 << 20),
+            "vocab_size": st.integers(1, 1_000_000),
             "val_fraction": st.floats(0, 1, exclude_min=True, exclude_max=True),
             "separator": TEXT,
             "text_key": NAME,
-            "tales_stories": st.integers(1, 1 << 40),
+            "tales_stories": st.integers(1, 10_000_000),
             "tales_seed": st.integers(0, (1 << 63) - 1),
         },
         "model": {
@@ -407,7 +450,7 @@ def configs(draw):
             "n_embd": st.just(2 * n_head * draw(st.integers(1, 99))),
             "n_layer": st.integers(1, 99),
             "block_size": st.integers(1, 1 << 20),
-            "vocab_size": COUNT,
+            "vocab_size": st.integers(0, 1_000_000_000),
             "dropout": UNIT,
             "attn_dropout": UNIT,
             "norm": choice(["layernorm", "rmsnorm"]),
@@ -423,9 +466,9 @@ def configs(draw):
             "muon_momentum": UNIT,
             "betas": st.lists(UNIT, min_size=2, max_size=2),
             "eps": RATE,
-            "weight_decay": st.floats(0, 1e300),
+            "weight_decay": st.floats(0, 1e30),
             "decay_embeddings": st.booleans(),
-            "grad_clip": st.floats(0, 1e300),
+            "grad_clip": st.floats(0, 1e30),
         },
         "schedule": {
             "kind": choice(["cosine", "linear", "constant"]),

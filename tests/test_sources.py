@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import os
 import random
 import threading
 from pathlib import Path
@@ -180,6 +181,8 @@ def test_jsonl(tmp_path, monkeypatch):
         ('["text"]', "a.jsonl:2: not an object with text under 'text'"),
         ('{"text": "\\ud800"}', "a.jsonl:2: 'text' has half a surrogate pair"),
         (b'{"text": "\xe9"}', "a.jsonl:2: not UTF-8 text at byte 10 of the line"),
+        ('{"text": ' + "[" * 100_000, "a.jsonl:2: JSON with a number of thousands of digits, or nested too deeply"),
+        ('{"text": ' + "9" * 5000 + "}", "a.jsonl:2: JSON with a number of thousands of digits, or nested too deeply"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, monkeypatch, line, message):
@@ -189,6 +192,13 @@ def test_bad_lines_are_named(tmp_path, monkeypatch, line, message):
     with pytest.raises(DataError) as error:
         read("a.jsonl")
     assert message in str(error.value)
+
+
+def test_what_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")  # who reads that waits for who writes
+    for path in (tmp_path / "pipe.txt", "/dev/zero"):
+        with pytest.raises(DataError, match="not a regular file"):
+            sources.stats([sources.Input("x", Path(path))], {})
 
 
 def test_a_jsonl_without_text(tmp_path):

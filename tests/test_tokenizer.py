@@ -273,6 +273,8 @@ def test_a_tokenizer_of_ones_own(tmp_path):
     path.write_text("{}")
     with pytest.raises(TokenizerError, match=r"not a tokenizer\.json"):
         build(str(path))
+    with pytest.raises(TokenizerError, match="/dev/zero: not a regular file"):
+        build("/dev/zero")  # which has no end
     plain = build("char", "abc")
     plain.enable_truncation(2)  # a tokenizer.json can carry that along; it must not cut our text
     plain.enable_padding(length=9)

@@ -9,6 +9,7 @@ reported together. Sections are immutable. Values that follow from others (micro
 are properties, never stored. No torch here: `tinyllm --help` and `plot-lr` must stay instant.
 """
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,14 +19,19 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, Strict, ValidationError
 
 from tinyllm.errors import ConfigError
-from tinyllm.mistakes import Problem, line_of, problem_of, show
+from tinyllm.mistakes import Problem, key_of, line_of, problem_of, show
 
 # TOML's integers, and torch's, have 64 bits; Python's have no limit.
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # a path, most of them
+Steps = Annotated[int, Field(le=10**15)]  # which floats still tell apart
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(le=1e30)]  # the weights are float32
 NAME = r"[A-Za-z_]\w*"
+LARGEST = 1 << 17  # characters of a run config; who names the text instead, or /dev/zero, is not to wait for all of it
+MOST = 50  # mistakes told at once
+TOKENS = 1 << 27  # of a step; the largest runs there are need half of that
 CLASS = rf"^$|^([^\x00\n]+\.py|{NAME}(\.{NAME})*):{NAME}$"
 
 
@@ -44,11 +50,13 @@ class DataConfig(Section):
     )
     dir: Text = Field("data", description="folder of train.bin, val.bin and tokenizer.json")
     tokenizer: Text = Field("bpe", description="`char`, `byte`, `bpe`, `gpt2`, or the path of a tokenizer.json")
-    vocab_size: Positive = Field(1024, description="tokens in a `bpe` vocabulary; the others bring their own size")
+    vocab_size: Positive = Field(
+        1024, le=1_000_000, description="tokens in a `bpe` vocabulary; the others bring their own size"
+    )
     val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the text held out, taken from its end")
     separator: str = Field("<|endoftext|>", description="what marks the end of a document in a .txt; '' for nothing")
     text_key: str = Field("text", min_length=1, description="the key that holds the text in a line of .jsonl")
-    tales_stories: Positive = Field(20_000, description="stories to write, for the source `tales`")
+    tales_stories: Positive = Field(20_000, le=10_000_000, description="stories to write, for the source `tales`")
     tales_seed: Count = Field(0, description="seed of the stories, for the source `tales`")
 
 
@@ -63,11 +71,11 @@ class ModelConfig(Section):
     )
     args: dict[str, JsonValue] = Field({}, description="more keyword arguments, for a `class` of your own")
     recipe: Literal["gpt2", "modern"] = Field("gpt2", description="a named set of the switches from `norm` on")
-    n_layer: Positive = Field(4, description="transformer blocks")
+    n_layer: Positive = Field(4, le=1_000, description="transformer blocks")
     n_head: Positive = Field(4, description="attention heads a block")
-    n_embd: Positive = Field(128, description="width of the residual stream")
+    n_embd: Positive = Field(128, le=1_000_000, description="width of the residual stream")
     block_size: Positive = Field(256, description="context length, tokens")
-    vocab_size: Count = Field(0, description="rows of the embedding; 0: as many as the tokenizer has")
+    vocab_size: Count = Field(0, le=1_000_000_000, description="rows of the embedding; 0: as many as the tokenizer has")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the embedding and on each residual branch")
     attn_dropout: float = Field(
         0.0, ge=0, lt=1, description="on the attention weights; on a CPU it costs more than the rest of the step"
@@ -89,30 +97,30 @@ class OptimConfig(Section):
     name: Literal["adamw", "muon"] = Field(
         "adamw", description="`muon` updates the matrices with Muon and the rest with AdamW"
     )
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    min_lr: float = Field(1e-4, ge=0, description="learning rate at the end of the decay")
-    muon_lr: float = Field(0.02, gt=0, description="peak rate of Muon; follows the same curve as lr")
+    lr: Rate = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    min_lr: Rate = Field(1e-4, ge=0, description="learning rate at the end of the decay")
+    muon_lr: Rate = Field(0.02, gt=0, description="peak rate of Muon; follows the same curve as lr")
     muon_momentum: Beta = Field(0.95, description="Nesterov momentum of Muon")
     betas: Annotated[tuple[Beta, Beta], Strict(False)] = Field((0.9, 0.95), description="AdamW's two averages")
-    eps: float = Field(1e-8, gt=0, description="AdamW's denominator floor")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled; on tensors of two dimensions or more only")
+    eps: Rate = Field(1e-8, gt=0, description="AdamW's denominator floor")
+    weight_decay: Rate = Field(0.1, ge=0, description="decoupled; on tensors of two dimensions or more only")
     decay_embeddings: bool = Field(True, description="decay the embedding tables too")
-    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    grad_clip: Rate = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
 
 
 class ScheduleConfig(Section):
     """The learning rate as a function of the step: warmup, then a decay."""
 
     kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warmup")
-    warmup_steps: Count = Field(100, description="steps of linear warmup from 0 to lr")
-    decay_steps: Count = Field(0, description="step at which min_lr is reached; 0: train.max_steps")
+    warmup_steps: Steps = Field(100, ge=0, description="steps of linear warmup from 0 to lr")
+    decay_steps: Steps = Field(0, ge=0, description="step at which min_lr is reached; 0: train.max_steps")
 
 
 class TrainConfig(Section):
     """The run: how long, how large a batch, when to look and to save."""
 
     out_dir: Text = Field("out", description="the run's folder: checkpoints, metrics, resolved config")
-    max_steps: Positive = Field(2000, description="optimizer steps")
+    max_steps: Steps = Field(2000, gt=0, description="optimizer steps")
     batch_size: Positive = Field(12, description="sequences an optimizer step, all micro-batches together")
     micro_batch_size: Count = Field(0, description="sequences a forward pass; 0: batch_size, no accumulation")
     align_documents: bool = Field(
@@ -201,6 +209,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"not valid TOML: {error}", where=str(path)) from None
+    except RecursionError:
+        raise ConfigError("lists or tables in it are nested too deeply", where=str(path)) from None
+    except ValueError:  # Python reads no more than 4,300 digits
+        raise ConfigError("a number in it has thousands of digits", where=str(path)) from None
     return check(raw, overrides, where=str(path), text=text)
 
 
@@ -216,22 +228,25 @@ def check(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str =
     if not problems:
         return config
     set_keys = {override.partition("=")[0].strip() for override in overrides}
-    # An unknown section is one problem, whichever of its keys was set.
-    set_keys |= {key.partition(".")[0] for key in set_keys}
+    # An unknown section is one problem, whichever of its keys was set; and model.args is one key.
+    set_keys |= {".".join(key.split(".")[:n]) for key in set_keys for n in (1, 2)}
     lines = []
-    for problem in problems:
+    for problem in problems[:MOST]:
         line = line_of(text, problem.key)
         if problem.key in set_keys and not (line and "." not in problem.key):
             lines.append(f"--set {problem}")
         else:
             lines.append(f"{where}:{line}: {problem}" if line else f"{where}: {problem}")
+    if len(problems) > MOST:
+        lines.append(f"and {len(problems) - MOST:,} more")
     raise ConfigError("\n".join(lines))
 
 
 def read_text(path: Path) -> str:
     """The file's text, or a ConfigError that says why there is none."""
     try:
-        return path.read_text(encoding="utf-8-sig")  # Windows' editors put a byte order mark first
+        with open(path, encoding="utf-8-sig") as file:  # Windows' editors put a byte order mark first
+            text = file.read(LARGEST + 1)
     except FileNotFoundError:
         fix = "`tinyllm new` lists the ready-made ones; `tinyllm new quickstart` writes one"
         raise ConfigError("no such run config", where=str(path), fix=fix) from None
@@ -239,6 +254,9 @@ def read_text(path: Path) -> str:
         raise ConfigError("not a text file (TOML is UTF-8 text)", where=str(path)) from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    if len(text) > LARGEST:
+        raise ConfigError(f"larger than a run config may be, {LARGEST:,} characters", where=str(path))
+    return text
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -247,6 +265,8 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     for override in overrides:
         key, equals, value = override.partition("=")
         section, dot, name = key.strip().partition(".")
+        if re.search("[\ud800-\udfff]", override):  # what stands for bytes that are not UTF-8
+            raise ConfigError(f"not UTF-8 text: {override!r}", where="--set")
         if not (equals and dot and section and name):
             fix = "write --set section.key=value, e.g. --set optim.lr=3e-4"
             raise ConfigError(f"cannot read {override!r}", where="--set", fix=fix)
@@ -265,7 +285,7 @@ def parse_value(text: str) -> Any:
     """`3e-4`, `true`, `[0.9, 0.95]` as TOML reads them; anything that is not TOML is a string."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # TOML's own error, too many digits, too many brackets
         return text
     return parsed["value"] if parsed.keys() == {"value"} else text
 
@@ -288,13 +308,18 @@ def validate(raw: Mapping[str, Any]) -> tuple[RunConfig, list[Problem]]:
     try:
         return RunConfig.model_validate(dict(raw)), []
     except ValidationError as error:
-        sections = {name: keys_of(field.annotation) for name, field in RunConfig.model_fields.items()}
-        problems = [problem_of(e, sections) for e in error.errors()]
+        wrong = error.errors(include_url=False)
+    sections = {name: keys_of(field.annotation) for name, field in RunConfig.model_fields.items()}
+    problems = [problem_of(e, sections) for e in wrong[:MOST]]  # to look for what was meant takes milliseconds each
+    problems += [Problem(key_of(e), "") for e in wrong[MOST:]]
     good = {k: dict(v) for k, v in raw.items() if k in RunConfig.model_fields and isinstance(v, Mapping)}
     for problem in problems:
         section, _, key = problem.key.partition(".")
         good.get(section, {}).pop(key, None)
-    return RunConfig.model_validate(good), problems
+    try:
+        return RunConfig.model_validate(good), problems
+    except ValidationError:  # of a key that is no text, which only a strange checkpoint has
+        return RunConfig(), problems
 
 
 def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], Problem]]:
@@ -304,17 +329,25 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], Problem
     if built_in and model.args:
         message = "is for a class of your own: set model.class too"
         yield ("model.args", "model.class"), Problem("model.args", message, model.args)
+    if any(abs(number) >= 1 << 63 for number in integers(model.args)):
+        message = "the whole numbers in it must have 64 bits at most"
+        yield ("model.args",), Problem("model.args", message, model.args)
     if built_in and model.n_embd % model.n_head:
         message = f"must be a multiple of model.n_head = {model.n_head}"
         yield ("model.n_embd", "model.n_head", "model.class"), Problem("model.n_embd", message, model.n_embd)
     elif built_in and model.positions == "rope" and (model.n_embd // model.n_head) % 2:
-        message = f"rotary positions need an even head size, n_embd / n_head = {model.n_embd // model.n_head} is odd"
+        of = "model.positions" if RECIPES[model.recipe].get("positions") != "rope" else "model.recipe"
+        size = f"model.n_embd / model.n_head = {model.n_embd // model.n_head}"
+        message = f"rotary positions ({of}) need an even head size, {size} is odd"
         keys = ("model.n_embd", "model.n_head", "model.positions", "model.class")
         yield keys, Problem("model.n_embd", message, model.n_embd)
     if config.micro_batch_size > train.batch_size or train.batch_size % config.micro_batch_size:
         message = f"must divide train.batch_size = {train.batch_size}"
         problem = Problem("train.micro_batch_size", message, train.micro_batch_size)
         yield ("train.micro_batch_size", "train.batch_size"), problem
+    if config.tokens_per_step > TOKENS:
+        message = f"times model.block_size = {model.block_size} is too many tokens a step, at most {TOKENS} are allowed"
+        yield ("train.batch_size", "model.block_size"), Problem("train.batch_size", message, train.batch_size)
     if config.schedule.kind != "constant":
         if optim.min_lr > optim.lr:
             message = f"must not be above optim.lr = {show(optim.lr)}"
@@ -326,9 +359,18 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], Problem
             yield keys, Problem("schedule.warmup_steps", message, config.schedule.warmup_steps)
     # A byte-level vocabulary starts with the 256 bytes and one end-of-text mark.
     if config.data.tokenizer == "bpe" and config.data.vocab_size < 257:
-        message = "a byte-level BPE needs at least 257 (256 bytes and <|endoftext|>)"
+        message = "a byte-level BPE (data.tokenizer) needs at least 257 (256 bytes and <|endoftext|>)"
         keys = ("data.vocab_size", "data.tokenizer")
         yield keys, Problem("data.vocab_size", message, config.data.vocab_size)
+
+
+def integers(value: JsonValue) -> Iterator[int]:
+    """All integers in plain values."""
+    if isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from integers(item)
+    elif isinstance(value, int):
+        yield value
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

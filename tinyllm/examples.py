@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyllm.errors import ConfigError
+from tinyllm.errors import ConfigError, typed
 
 PACKAGED = Path(__file__).parent / "examples"  # in a wheel
 SOURCE = Path(__file__).parent.parent / "examples"  # in a checkout
@@ -58,6 +58,8 @@ def read_example(name: str) -> str:
 def example_files(name: str, out: Path) -> dict[Path, str]:
     """What to write for an example, path to text: its config as `out` and, beside it, the file of its model."""
     example, text = find_example(name), read_example(name)
+    if out.is_dir():
+        raise ConfigError("is a folder", where=str(out), fix=f"name the file, e.g. --out {typed(out / 'run.toml')}")
     if example.model is None:
         return {out: text}
     beside = out.with_name(example.model.name)

@@ -53,13 +53,19 @@ class Problem:
 
     def __str__(self) -> str:
         shown = f" = {show(self.value)}" if self.has_value else ""
-        return f"{self.key}{shown}: {self.message}"
+        is_odd = len(self.key) > 60 or not self.key.isprintable() or "" in self.key.split(".")
+        return f"{show(self.key) if is_odd else self.key}{shown}: {self.message}"
+
+
+def key_of(error: Mapping[str, Any]) -> str:
+    """The dotted key of pydantic's error."""
+    return ".".join(str(part) for part in error["loc"][:2])
 
 
 def problem_of(error: Mapping[str, Any], sections: Sections) -> Problem:
     """pydantic's error in the words of someone who wrote a TOML file."""
     loc, value = [str(part) for part in error["loc"]], error["input"]
-    key = ".".join(loc[:2])
+    key = key_of(error)
     if error["type"] == "extra_forbidden":
         return Problem(key, unknown_key(loc, sections), value, has_value=len(loc) > 1)
     if len(loc) == 1:
@@ -68,7 +74,8 @@ def problem_of(error: Mapping[str, Any], sections: Sections) -> Problem:
     kinds = {
         "int_type": "must be a whole number",
         "int_from_float": "must be a whole number",
-        "float_type": "must be a number",
+        "float_type": "must not be so large" if type(value) is int else "must be a number",
+        "recursion_depth_exceeded": "must not be nested so deeply",
         "bool_type": "must be true or false",
         "string_type": 'must be text in quotes, like "..."',
         "string_too_short": "must not be empty",
@@ -109,7 +116,7 @@ def line_of(text: str, key: str) -> int:
     """The line (from 1) on which `section.key` (or `[section]`) stands in a TOML text; 0 if not found."""
     section, _, name = key.partition(".")
     current = ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a text may have more kinds of line ends, TOML has not
         stripped = line.split("#")[0].strip()
         if stripped.startswith("["):
             current = stripped.strip("[] ").replace('"', "")
@@ -127,5 +134,8 @@ def show(value: Any) -> str:
         return json.dumps(value if len(value) < 60 else value[:57] + "...", ensure_ascii=False)
     if isinstance(value, bool):
         return str(value).lower()
-    text = str(list(value) if isinstance(value, tuple) else value)
+    try:
+        text = str(list(value) if isinstance(value, tuple) else value)
+    except (ValueError, RecursionError):  # thousands of digits, or of tables in each other
+        return "..."
     return text if len(text) < 60 else text[:57] + "..."

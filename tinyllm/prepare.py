@@ -156,7 +156,9 @@ def reopen(config: DataConfig, thorough: bool = False) -> tuple[Prepared | None,
         missing = Path(error.filename)
         fix = "`tinyllm prepare run.toml` makes it" if missing.name == "meta.json" else again
         raise DataError("no prepared data: there is no such file", where=str(missing), fix=fix) from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=where, fix=again) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"damaged: {type(error).__name__}: {error}", where=where, fix=again) from None
     if digest(tokenizer_json) != prepared.tokenizer_hash:
         what = "it has been changed since the data was prepared"

@@ -173,6 +173,8 @@ def is_marked(file: Input, config: DataConfig) -> bool:
 def read_blocks(file: Input) -> Iterator[bytes]:
     """The bytes of a file. Raises DataError if it cannot be read or is empty."""
     try:
+        if file.path.exists() and not (file.path.is_file() or file.path.is_dir()):  # /dev/zero has no end
+            raise DataError("not a regular file", where=file.name, fix="it is read more than once: save it as a file")
         with open(file.path, "rb") as handle:
             block = handle.read(BLOCK)
             if not block:
@@ -284,6 +286,8 @@ def json_text(line: bytes, key: str, where: str) -> str:
         raise DataError(f"{key!r} has half a surrogate pair (\\ud800 to \\udfff) in it", where=where) from None
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg} at column {error.colno}", where=where) from None
+    except (ValueError, RecursionError):
+        raise DataError("JSON with a number of thousands of digits, or nested too deeply", where=where) from None
     except KeyError:
         has = ", ".join(map(repr, list(record)[:8])) or "none"
         raise DataError(f"no key {key!r}; it has {has}", where=where, fix="set data.text_key") from None
@@ -323,8 +327,8 @@ def find_boundary(config: DataConfig, files: tuple[Input, ...]) -> Generator[Pro
         return Boundary(min(max(train, 1), documents - 1), 0, True), characters, text_bytes
     train = int(characters * (1 - config.val_fraction))  # as nanoGPT does
     if not 0 < train < characters:
-        what = f"{characters:,} characters cannot be divided by data.val_fraction = {config.val_fraction:g}"
-        raise DataError(what, where=config.source, fix="more text, or a larger data.val_fraction")
+        what = f"{characters:,} characters cannot be divided by data.val_fraction = {config.val_fraction}"
+        raise DataError(what, where=config.source, fix="more text, or another data.val_fraction")
     return Boundary(0, train, marked), characters, text_bytes
 
 

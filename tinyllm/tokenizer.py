@@ -84,7 +84,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load(path: str, *, documents: bool) -> Tokenizer:
     """The tokenizer of a tokenizer.json. Raises TokenizerError."""
     try:
-        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
+        file = Path(os.path.expanduser(path))
+        if file.exists() and not (file.is_file() or file.is_dir()):  # /dev/zero has no end
+            raise TokenizerError("not a regular file", where=path)
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         fix = "data.tokenizer is `char`, `byte`, `bpe`, `gpt2`, or the path of a tokenizer.json"
         raise TokenizerError("no such tokenizer, and no such file", where=path, fix=fix) from None
