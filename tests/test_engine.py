@@ -13,7 +13,7 @@ import torch
 
 from tinyllm import checkpoint as ckpt
 from tinyllm import tokenizer as tok
-from tinyllm.config import RunConfig, check, to_dict
+from tinyllm.config import RunConfig
 from tinyllm.data import IGNORED
 from tinyllm.engine import Run, TrainState, evaluate, new_state, open_run, restore, snapshot, train, train_step
 from tinyllm.errors import CheckpointError, ConfigError, DataError, NonFiniteError, RunError
@@ -622,30 +622,31 @@ def test_minutes_save_too(make_config, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("sizes", "message"),
     [
-        (["model.n_layer=1000000000"], "the config says 1,000,000,000 layers, the checkpoint holds"),
-        (["model.n_embd=1000000"], r"blocks\.0\.attn\.proj\.bias is \(16,\), and must be \(1000000,\)"),
-        (["model.n_embd=100000000000"], "no machine holds a model of n_embd = 100,000,000,000 and block_size = 16"),
-        (["model.block_size=1000000000"], r"wpe\.weight is \(16, 16\), and must be \(1000000000, 16\)"),
-        (["model.n_layer=2"], r"is not in the file, and must be \(16,\)"),
+        ({"n_layer": 10**9}, "the config says 1,000,000,000 layers, the checkpoint holds"),
+        ({"n_embd": 10**6}, r"blocks\.0\.attn\.proj\.bias is \(16,\), and must be \(1000000,\)"),
+        ({"n_embd": 10**11}, "no machine holds a model of n_embd = 100,000,000,000 and block_size = 16"),
+        ({"block_size": 10**9}, r"wpe\.weight is \(16, 16\), and must be \(1000000000, 16\)"),
+        ({"n_layer": 2}, r"is not in the file, and must be \(16,\)"),
     ],
 )
-def test_sizes_are_compared_before_memory_is_taken(make_run, overrides, message):
+def test_sizes_are_compared_before_memory_is_taken(make_run, sizes, message):
+    """Whatever the limits of a config are."""
     run = make_run()
     checkpoint = snapshot(run, new_state(run))
-    other = check(to_dict(run.config), overrides)
+    other = run.config.model.model_copy(update=sizes)
     with pytest.raises(CheckpointError, match=f"the checkpoint's weights do not fit its config: .*{message}"):
-        ckpt.check_sizes(checkpoint, other.model)
+        ckpt.check_sizes(checkpoint, other)
 
 
 def test_tables_of_positions_are_compared_too(make_run):
     """They are made for block_size, and not in the file."""
     run = make_run(recipe="modern")
     checkpoint = snapshot(run, new_state(run))
-    ckpt.check_sizes(checkpoint, check(to_dict(run.config), ["model.block_size=100000"]).model)
+    ckpt.check_sizes(checkpoint, run.config.model.model_copy(update={"block_size": 10**5}))
     with pytest.raises(CheckpointError, match="= 100,000,000 takes 3,200,000,000 bytes for positions alone"):
-        ckpt.check_sizes(checkpoint, check(to_dict(run.config), ["model.block_size=100000000"]).model)
+        ckpt.check_sizes(checkpoint, run.config.model.model_copy(update={"block_size": 10**8}))
 
 
 def test_an_optimizer_state_of_another_shape_is_refused(make_run):
