@@ -15,6 +15,7 @@ tensors and dictionaries, so that it can neither call anything nor ask for memor
 
 import hashlib
 import os
+import pickle
 import pickletools
 import re
 import struct
@@ -34,14 +35,17 @@ LEAD = "tinyllm, step {:019}, sha256 "
 SEAL = re.compile(rb"tinyllm, step (\d{19}), sha256 ([0-9a-f]{64})")
 DIGEST_SIZE, SEAL_SIZE = 64, len(LEAD.format(0)) + 64  # bytes
 MAX_PICKLE = 1 << 26  # bytes: all but the tensors, whose largest part is a tokenizer of a few megabytes
+MAX_OPERATIONS = 1_000_000  # of the pickle, each of which may take 100 bytes; a parameter and its averages need 124
 MAX_VALUES = 1_000_000  # plain values in a record; a list can hold another many times over
+MAX_DEPTH, MAX_TEXT, MAX_NAME = 50, 1 << 14, 500  # of values in one another; characters, but of a tokenizer; of a key
 # What torch.save writes for dictionaries of tensors.
 NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Z][A-Za-z0-9]+Storage")
 
 
 def write(path: str | Path, record: Mapping[str, Any], step: int) -> None:
-    """Write the file aside, seal it, sync it, and put it in its place. Raises OSError; the old file is then untouched.
+    """Write the file aside, seal it, sync it, and put it in its place.
 
+    Raises OSError, and CheckpointError for a record that `read` would refuse; the old file is then untouched.
     A crash leaves the old file or the new one, never a half; whoever writes next replaces what it left aside.
     """
     path = Path(path)
@@ -49,6 +53,8 @@ def write(path: str | Path, record: Mapping[str, Any], step: int) -> None:
     try:
         with open(aside, "w+b") as file:
             save_sealed(file, record, step)
+            look_through(file, str(path), sealed=True)  # what nobody could read again must not take its place
+            refuse_unusual(record, str(path))
             os.fsync(file.fileno())
         os.replace(aside, path)
         sync_folder(path.parent)
@@ -95,6 +101,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], bool]:
             if is_out_of_memory(error):
                 raise
             said = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
+            if isinstance(error, pickle.UnpicklingError):
+                said = "its pickle is not one that torch takes"  # and says in many words
             reason = said.splitlines()[0] if said else type(error).__name__
             raise CheckpointError(f"not a checkpoint, or a damaged one ({reason})", where=where) from None
     if not isinstance(record, dict):
@@ -165,59 +173,84 @@ def look_through(file: BinaryIO, where: str, sealed: bool) -> None:
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
+        if not ends_plainly(file, archive, size, sealed):
+            raise CheckpointError("not a tinyllm checkpoint: its directory is not where torch writes it", where=where)
         unpacked = sum(entry.file_size for entry in entries)
         if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             what = f"not a file of torch.save: its {size:,} bytes would unpack to {unpacked:,}"
             raise CheckpointError(what, where=where)
-        names = [entry.filename for entry in entries]
-        if len({name.partition("/")[0] for name in names}) != 1 or len(set(names)) != len(names):
+        names = [entry.orig_filename for entry in entries]
+        tops = {name.partition("/")[0] for name in names}
+        pickles = [name for name in names if name.lower().endswith(".pkl")]
+        distinct = {name.lower() for name in names}  # torch finds a part whatever its case
+        if len(tops) != 1 or len(distinct) != len(names) or pickles != [f"{tops.pop()}/data.pkl"]:
             raise CheckpointError("not a file of torch.save: its parts have other names", where=where)
         if not sealed and (damaged := archive.testzip()):  # torch does not look at the checksums
             raise CheckpointError(f"damaged: {damaged} has another checksum", where=where)
-        for name in names:
-            if name.endswith(".pkl"):
-                if archive.getinfo(name).file_size > MAX_PICKLE:
-                    raise CheckpointError("not a tinyllm checkpoint: it holds too much beside tensors", where=where)
-                refuse_code(archive.read(name), where)
+        if archive.getinfo(pickles[0]).file_size > MAX_PICKLE:
+            raise CheckpointError("not a tinyllm checkpoint: it holds too much beside tensors", where=where)
+        refuse_code(archive.read(pickles[0]), where)
+
+
+def ends_plainly(file: BinaryIO, archive: zipfile.ZipFile, size: int, sealed: bool) -> bool:
+    """Whether a zip file ends as torch ends it: with three records, of which each says where the directory is.
+
+    Of three that do not agree one reader believes this one and another that, and finds another file than we looked at.
+    """
+    comment = SEAL_SIZE if sealed else 0
+    place = size - comment - 98  # of the first of them
+    entries, start, length = len(archive.infolist()), archive.start_dir, place - archive.start_dir
+    file.seek(max(place, 0))
+    found = file.read(98)
+    little = [min(value, most) for value, most in ((entries, 0xFFFF), (length, 0xFFFFFFFF), (start, 0xFFFFFFFF))]
+    if length < 0 or found[:12] != struct.pack("<4sQ", b"PK\6\6", 44):
+        return False
+    return found[16:] == (
+        struct.pack("<2L4Q", 0, 0, entries, entries, length, start)
+        + struct.pack("<4sLQL", b"PK\6\7", 0, place, 1)
+        + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, little[0], *little, comment)
+    )
 
 
 def refuse_code(pickled: bytes, where: str) -> None:
     """Raise CheckpointError for a pickle that names anything but tensors and dictionaries; nothing of it is run."""
-    texts: list[Any] = ["", ""]
-    for operation, argument, _ in pickletools.genops(pickled):
-        if isinstance(argument, str):
-            texts = [texts[-1], argument]
-        name = None
+    for number, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
+        if number > MAX_OPERATIONS:
+            raise CheckpointError("not a tinyllm checkpoint: its values are too many", where=where)
+        if isinstance(argument, int) and not -(1 << 63) <= argument < 1 << 63:
+            raise CheckpointError("not a tinyllm checkpoint: a number has more than 64 bits", where=where)
         if operation.name in ("GLOBAL", "INST"):
-            name = argument
-        elif operation.name == "STACK_GLOBAL":  # its two names were put down just before
-            name = " ".join(texts)
-        elif operation.name.startswith("EXT"):
-            name = f"extension {argument}"
-        if name is not None and not NAMES.fullmatch(name):
-            called = name.replace(" ", ".")[:100]
+            is_known = NAMES.fullmatch(argument)
+        else:  # ours never take a name from the stack, or from a table of extensions
+            is_known = operation.name not in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4")
+        if not is_known:
+            called = (argument if isinstance(argument, str) else operation.name).replace(" ", ".")[:100]
             what = f"not a tinyllm checkpoint: it asks for {called!r}, and could run code; nothing of it was run"
             raise CheckpointError(what, where=where)
 
 
 def refuse_unusual(record: dict[str, Any], where: str) -> None:
     """Raise CheckpointError unless the record is made of plain tensors and plain values, and not of too many."""
-    todo, seen = [record], 0
+    todo: list[tuple[Any, int]] = [(record, 0)]  # and how deep it is
+    seen = 0
     while todo:
-        value = todo.pop()
+        value, depth = todo.pop()
         seen += 1
-        if seen > MAX_VALUES:
+        if seen > MAX_VALUES or depth > MAX_DEPTH:
             raise CheckpointError("not a tinyllm checkpoint: its values hold one another without end", where=where)
         if isinstance(value, dict):
-            if not all(isinstance(key, str) for key in value):
-                raise CheckpointError("not a tinyllm checkpoint: a dictionary's key is no text", where=where)
-            todo += value.values()
+            # Keys are named in errors: one must not write to the terminal what it likes.
+            if not all(isinstance(key, str) and key.isprintable() and len(key) <= MAX_NAME for key in value):
+                raise CheckpointError("not a tinyllm checkpoint: a dictionary's key is no plain text", where=where)
+            todo += ((part, depth + 1) for part in value.values())
         elif isinstance(value, list | tuple):
-            todo += value
+            todo += ((part, depth + 1) for part in value)
+        elif isinstance(value, str) and depth > 1 and len(value) > MAX_TEXT:
+            raise CheckpointError("not a tinyllm checkpoint: a text is too long", where=where)
         elif isinstance(value, Tensor):
             # One value can stand for many (stride 0), and would need their memory as soon as somebody computes.
             spread = value.layout is not torch.strided or value.untyped_storage().nbytes() < value.nbytes
-            if type(value) is not Tensor or value.device.type != "cpu" or spread:
+            if type(value) is not Tensor or value.is_meta or spread:
                 raise CheckpointError("not a tinyllm checkpoint: a tensor is not what it seems", where=where)
         elif not (value is None or isinstance(value, bool | int | float | str)):
             raise CheckpointError(f"not a tinyllm checkpoint: it holds a {type(value).__name__}", where=where)

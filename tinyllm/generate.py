@@ -19,7 +19,7 @@ from tinyllm import custom
 from tinyllm import tokenizer as tok
 from tinyllm.checkpoint import Checkpoint, check_sizes, load_weights, run_config
 from tinyllm.config import RunConfig
-from tinyllm.errors import TokenizerError
+from tinyllm.errors import CheckpointError, TokenizerError
 from tinyllm.model import GPT, KVCache
 from tinyllm.runtime import choose_device
 
@@ -107,8 +107,12 @@ class Speaker:
         self.config = config or run_config(checkpoint)
         self.step = checkpoint.step
         self.device, _ = choose_device(device)
-        self.tokenizer = tok.from_json(checkpoint.tokenizer)
+        self.tokenizer = tok.from_json(checkpoint.tokenizer, where="the checkpoint's tokenizer")
+        self.n_tokens = len(tok.vocabulary(self.tokenizer))
         model, vocab_size = self.config.model, checkpoint.vocab_size
+        if not 0 < self.n_tokens <= vocab_size:
+            what = f"its tokenizer has {self.n_tokens:,} tokens, its model {vocab_size:,} rows for them"
+            raise CheckpointError(f"a damaged checkpoint: {what}")
         check_sizes(checkpoint, model)
         self.model = custom.build(model, vocab_size, self.config.train.seed) if model.class_ else GPT(model, vocab_size)
         load_weights(self.model, checkpoint.model)
@@ -132,7 +136,6 @@ class Speaker:
     def speak(self, ids: Sequence[int], sampling: Sampling, n_samples: int) -> Iterator[list[str | None]]:
         """Yield for each step the new text of each sample, as soon as its characters are whole; None at its end."""
         pieces = [tok.stream(self.tokenizer) for _ in range(n_samples)]
-        n_tokens = len(tok.vocabulary(self.tokenizer))
-        limits = {"end_token": self.end_token, "n_tokens": n_tokens, "block_size": self.config.model.block_size}
+        limits = {"end_token": self.end_token, "n_tokens": self.n_tokens, "block_size": self.config.model.block_size}
         for step in generate(self.model, ids, sampling, n_samples=n_samples, **limits):
             yield [None if id is None else pieces[i](id) for i, id in enumerate(step)]

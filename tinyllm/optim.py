@@ -20,6 +20,8 @@ from tinyllm.config import OptimConfig
 from tinyllm.errors import CheckpointError
 
 Optimizers = list[torch.optim.Optimizer]
+# What they remember of each parameter: tensors of its shape, but for the number of steps.
+PARTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 
 
 @dataclass(frozen=True)
@@ -140,17 +142,19 @@ def load_state_by_name(optimizers: Optimizers, state: dict[str, dict[str, Any]])
 
 
 def refuse_other_state(optimizers: Optimizers, state: dict[str, dict[str, Any]]) -> None:
-    """Raise CheckpointError unless each state is of a parameter there is, and has its shape."""
-    shapes = {
-        name: parameter.shape
-        for group in all_groups(optimizers)
+    """Raise CheckpointError unless each state is of a parameter there is, and has its parts, in its shape."""
+    wanted = {
+        name: dict.fromkeys(PARTS[type(optimizer)], parameter.shape)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
     }
     for name, values in state.items():
-        what = f"there is no {name} to train" if name not in shapes else ""
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != shapes.get(name):
-                what = what or f"{name}.{key} is {tuple(value.shape)}, and must be {tuple(shapes[name])}"
+        what = f"there is no {name} to train" if name not in wanted else ""
+        for key in () if what else sorted(values.keys() | wanted[name].keys()):
+            here = tuple(values[key].shape) if isinstance(values.get(key), Tensor) else "no tensor"
+            asked = () if key == "step" else tuple(wanted[name].get(key, ("not there",)))
+            what = what or (f"{name}.{key} is {here}, and must be {asked}" if here != asked else "")
         if what:
             raise CheckpointError(f"the checkpoint's optimizer state does not fit its config: {what}")
 

@@ -172,7 +172,10 @@ def reopen(config: DataConfig, thorough: bool = False) -> tuple[Prepared | None,
         is_small = path.stat().st_size <= HEADER_SIZE + READ_AT_ONCE
         if (thorough or is_small) and ids_hash(path) != header.ids_hash:
             raise DataError("damaged: its ids are not those that were written", where=str(path), fix=again)
-    return prepared, differences(prepared.fingerprint, fingerprint(config, files))
+    # The config may be that of a stranger's checkpoint, and name any file or folder: look only at what was read then.
+    before = {key: value for key, value in prepared.fingerprint.items() if not key.startswith("file ")}
+    changes = differences(before, settings_of(config))
+    return prepared, changes or differences(prepared.fingerprint, fingerprint(config, files))
 
 
 # ---- The fingerprint ----
@@ -183,6 +186,21 @@ def fingerprint(config: DataConfig, known: dict[str, Any]) -> dict[str, Any]:
 
     What is gone has not changed: prepared data can be used where its sources are not, on another machine say.
     """
+    try:
+        files = read_files(config)
+    except DataError:
+        if not known:
+            raise
+        files = None
+    now = known if files is None else stats(files, known)
+    texts = {name: f"{file['size']} bytes, {file['sha256'][:16]}" for name, file in now.items()}
+    # A name is shown in errors, and a key of the checkpoint.
+    shown = {name if name.isprintable() else ascii(name): text for name, text in texts.items()}
+    return settings_of(config) | {f"file {name}": text for name, text in shown.items()}
+
+
+def settings_of(config: DataConfig) -> dict[str, Any]:
+    """The part of the fingerprint that is in the config; no file is looked at."""
     settings = {"data.source": config.source, "data.tokenizer": config.tokenizer}
     if config.tokenizer == "bpe":
         settings["data.vocab_size"] = config.vocab_size
@@ -195,15 +213,7 @@ def fingerprint(config: DataConfig, known: dict[str, Any]) -> dict[str, Any]:
         settings["grammar"] = hashlib.sha256(grammar).hexdigest()[:16]
     else:
         settings |= {"data.separator": config.separator, "data.text_key": config.text_key}
-    try:
-        files = read_files(config)
-    except DataError:
-        if not known:
-            raise
-        files = None
-    now = known if files is None else stats(files, known)
-    texts = {name: f"{file['size']} bytes, {file['sha256'][:16]}" for name, file in now.items()}
-    return settings | {f"file {name}": text for name, text in texts.items()}
+    return settings
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -10,12 +10,16 @@ name of a special token inside it is spelled out, as `encode_ordinary` of tiktok
 a prompt cannot smuggle in an end of text. Whoever joins documents puts `end_of_text(tokenizer)` after each.
 """
 
+import base64
 import codecs
 import hashlib
+import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,9 +28,14 @@ from tinyllm.download import fetch
 from tinyllm.errors import TokenizerError
 
 KINDS = ("char", "byte", "bpe", "gpt2")
+MOST_GROWTH = 4096  # times as long as it was may a text become on its way; real tokenizers' figures are below 200
+LONGEST = 100  # characters of what a tokenizer puts into a text
 END_OF_TEXT = "<|endoftext|>"
 # What other makers' tokenizer.json call it.
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|begin_of_text|>", "</s>", "<eos>", "<|im_end|>")
+# Where a tokenizer changes texts, and by how many times its steps make them longer at most; others do not.
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+GROWTH = {"BertNormalizer": 3, "ByteLevel": 2, "NFD": 2, "NFKC": 4, "NFKD": 4, "Precompiled": 32}
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -125,10 +134,54 @@ def to_json(tokenizer: Tokenizer) -> str:
 
 def from_json(text: str, where: str = "") -> Tokenizer:
     """A tokenizer from the text of a tokenizer.json. Raises TokenizerError."""
-    try:
+    refuse_growth(text, where)
+    with library("not a tokenizer.json", where):
         return as_text_only(Tokenizer.from_str(text))
-    except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"not a tokenizer.json: {error}", where=where) from None
+
+
+@contextmanager
+def library(doing: str, where: str = "") -> Iterator[None]:
+    """Turn what the tokenizers library raises into a TokenizerError: bare Exceptions and, where it panics, worse."""
+    try:
+        yield
+    except BaseException as error:
+        is_theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if isinstance(error, TokenizerError | MemoryError) or not is_theirs:
+            raise
+        raise TokenizerError(f"{doing}: {error}", where=where) from None
+
+
+def refuse_growth(text: str, where: str) -> None:
+    """Raise TokenizerError for a tokenizer.json that could blow a short text up beyond all memory.
+
+    One in a stranger's checkpoint can replace each character by two, forty times over.
+    """
+    made: Any = {}
+    with suppress(ValueError, RecursionError):  # the library will say what is wrong
+        made = json.loads(text)
+    growth, todo = 1, [made.get(name) for name in PARTS] if isinstance(made, dict) else []
+    while todo:
+        part = todo.pop()
+        if isinstance(part, dict):
+            kind, put_in = (str(part.get(key, "")) for key in ("type", "content"))
+            growth *= 1 + len(put_in) if kind == "Replace" else GROWTH.get(kind, 1)
+            longest = max(len(str(part.get(key, ""))) for key in ("content", "prepend", "replacement", "prefix"))
+            if growth > MOST_GROWTH or longest > LONGEST or lies(part.get("precompiled_charsmap")):
+                raise TokenizerError("not a tokenizer to be trusted: it could take any memory", where=where)
+            todo += part.values()
+        elif isinstance(part, list):
+            todo += part
+
+
+def lies(charsmap: Any) -> bool:
+    """Whether the table of a `Precompiled` normalizer, in base64, is shorter than it says; memory is taken for all."""
+    if not isinstance(charsmap, str):
+        return False
+    try:
+        head = base64.b64decode(charsmap[:8])
+    except ValueError:
+        return True
+    return int.from_bytes(head[:4], "little") > len(charsmap)
 
 
 def digest(json_text: str) -> str:
@@ -145,7 +198,8 @@ def end_of_text(tokenizer: Tokenizer) -> int | None:
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text. Raises TokenizerError naming the first character there is no token for."""
     text_lengths([text])
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    with library("the text cannot be tokenized"):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
     if decode(tokenizer, ids) != text:
         refuse_unknown(tokenizer, text)
     return ids
@@ -157,7 +211,8 @@ def encode_batch(tokenizer: Tokenizer, texts: Sequence[str], sizes: np.ndarray, 
     Raises TokenizerError: the library drops a character it has no token for, without a word.
     """
     lengths = text_lengths(texts)
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    with library("the text cannot be tokenized", where):
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     rows = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
     for text, row, length in zip(texts, rows, lengths, strict=True):
         # Every byte of the text is in a token; if not, it may be that a foreign tokenizer normalises.
@@ -202,7 +257,8 @@ def refuse_unknown(tokenizer: Tokenizer, text: str, where: str = "") -> None:
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of ids; special tokens are not shown, bytes that are not UTF-8 become U+FFFD."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True)
+    with library("the tokens cannot be read"):
+        return tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def stream(tokenizer: Tokenizer) -> Callable[[int], str]:
@@ -217,13 +273,20 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def vocabulary(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of text each id stands for; empty for special tokens, the unknown one and unused ids."""
+    """The bytes of text each id stands for; empty for special tokens, the unknown one and unused ids.
+
+    Raises TokenizerError for ids that go far beyond the number of tokens.
+    """
     decoder = str(tokenizer.decoder)
     added = tokenizer.get_added_tokens_decoder()
     unknown = getattr(tokenizer.model, "unk_token", None)
     symbols = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     tokens = tokenizer.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(tokens.values()) + 1)
+    size = max(tokens.values(), default=-1) + 1
+    if size > 2 * len(tokens) + 1000:
+        what = f"not a tokenizer to be trusted: it has {len(tokens):,} tokens, and ids up to {size - 1:,}"
+        raise TokenizerError(what)
+    table = [b""] * size
     for token, id in tokens.items():
         if id in added:
             table[id] = b"" if added[id].special else token.encode()

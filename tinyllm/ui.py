@@ -1,5 +1,6 @@
 """What a person sees: what knows rich, with ui_sanity.py. Results go to standard output, all else to standard error."""
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,20 +65,25 @@ def stderr() -> Console:
 def show_error(error: TinyLLMError) -> None:
     """What is wrong and where in red, the fix below it."""
     console = stderr()
-    where = f"{error.where}: " if error.where else ""
-    console.print(Text.assemble(("error: ", "bold red"), where + error.what))
+    where = f"{error.where}: ".replace("\n", " ") if error.where else ""
+    console.print(Text.assemble(("error: ", "bold red"), plain(where + error.what)))
     if error.fix:
-        console.print(Text.assemble(("  fix: ", "bold"), error.fix))
+        console.print(Text.assemble(("  fix: ", "bold"), plain(error.fix)))
 
 
 def note(text: str) -> None:
     """A line of progress."""
-    stderr().print(Text(text, style="dim"))
+    stderr().print(Text(plain(text), style="dim"))
 
 
 def warn(text: str) -> None:
     """A line that must not be overlooked, and does not end the command."""
-    stderr().print(Text.assemble(("warning: ", "bold yellow"), text))
+    stderr().print(Text.assemble(("warning: ", "bold yellow"), plain(text)))
+
+
+def plain(text: str) -> str:
+    """The text without what a terminal would obey: a name in it may come from a stranger's checkpoint."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def result(text: str) -> None:
