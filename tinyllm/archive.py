@@ -50,11 +50,10 @@ def write(path: str | Path, record: Mapping[str, Any], step: int) -> None:
     """
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
+    refuse_unusual(record, str(path), "cannot save the checkpoint")
     try:
         with open(aside, "w+b") as file:
             save_sealed(file, record, step)
-            look_through(file, str(path), sealed=True)  # what nobody could read again must not take its place
-            refuse_unusual(record, str(path))
             os.fsync(file.fileno())
         os.replace(aside, path)
         sync_folder(path.parent)
@@ -229,7 +228,7 @@ def refuse_code(pickled: bytes, where: str) -> None:
             raise CheckpointError(what, where=where)
 
 
-def refuse_unusual(record: dict[str, Any], where: str) -> None:
+def refuse_unusual(record: Mapping[str, Any], where: str, what: str = "not a tinyllm checkpoint") -> None:
     """Raise CheckpointError unless the record is made of plain tensors and plain values, and not of too many."""
     todo: list[tuple[Any, int]] = [(record, 0)]  # and how deep it is
     seen = 0
@@ -237,23 +236,23 @@ def refuse_unusual(record: dict[str, Any], where: str) -> None:
         value, depth = todo.pop()
         seen += 1
         if seen > MAX_VALUES or depth > MAX_DEPTH:
-            raise CheckpointError("not a tinyllm checkpoint: its values hold one another without end", where=where)
+            raise CheckpointError(f"{what}: its values hold one another without end", where=where)
         if isinstance(value, dict):
             # Keys are named in errors: one must not write to the terminal what it likes.
             if not all(isinstance(key, str) and key.isprintable() and len(key) <= MAX_NAME for key in value):
-                raise CheckpointError("not a tinyllm checkpoint: a dictionary's key is no plain text", where=where)
+                raise CheckpointError(f"{what}: a dictionary's key is no plain text", where=where)
             todo += ((part, depth + 1) for part in value.values())
         elif isinstance(value, list | tuple):
             todo += ((part, depth + 1) for part in value)
         elif isinstance(value, str) and depth > 1 and len(value) > MAX_TEXT:
-            raise CheckpointError("not a tinyllm checkpoint: a text is too long", where=where)
+            raise CheckpointError(f"{what}: a text is too long", where=where)
         elif isinstance(value, Tensor):
             # One value can stand for many (stride 0), and would need their memory as soon as somebody computes.
             spread = value.layout is not torch.strided or value.untyped_storage().nbytes() < value.nbytes
             if type(value) is not Tensor or value.is_meta or spread:
-                raise CheckpointError("not a tinyllm checkpoint: a tensor is not what it seems", where=where)
+                raise CheckpointError(f"{what}: a tensor is not what it seems", where=where)
         elif not (value is None or isinstance(value, bool | int | float | str)):
-            raise CheckpointError(f"not a tinyllm checkpoint: it holds a {type(value).__name__}", where=where)
+            raise CheckpointError(f"{what}: it holds a {type(value).__name__}", where=where)
 
 
 def nbytes(record: Any) -> int:

@@ -52,6 +52,7 @@ EVAL_LOGITS = 1 << 25
 
 SPIKE_WINDOW = 128  # steps whose losses tell what is usual
 SHOWN = 200  # characters of a text in an error
+OVERFLOWS = 1e18  # a gradient whose square, summed over some, float32 cannot hold
 
 Stop = Callable[[], bool]
 
@@ -412,9 +413,8 @@ def explained(
     lines = [error.what, f"first: {origin}"]
     if text:
         lines.append(f"text: {text!r}")
-    lines.append("the step before it is saved" if saved == state.step else "the step before it is not saved")
-    if saved is not None and saved != state.step:
-        lines[-1] += f"; step {saved:,} is"
+    if saved is not None:
+        lines.append(f"saved: step {saved:,}" + (", just before it" if saved == state.step else ""))
     return NonFiniteError("\n  ".join(lines), where=run.config.train.out_dir + "/", fix=error.fix)
 
 
@@ -432,15 +432,20 @@ def origin_of(run: Run, state: TrainState, batch: tuple[np.ndarray, np.ndarray])
         with first_bad(state.model) as found:
             logits = logits_of(run, state, x, micro_step, eager=True)
             loss = loss_fn(logits, y) * share
-            if not math.isfinite(loss):
+            if not math.isfinite(loss.detach()):
                 found.append("the loss")
             loss.backward()
-        zero_grad(state)
         if found:
+            zero_grad(state)
             rows = loss_fn(logits.detach(), y, "none").view(y.shape).sum(1)
             row = x[int((~rows.isfinite()).to(torch.int64).argmax())]
             return f"{found[0]}, in micro-batch {micro_step + 1} of {n}", text_of(run, row)
-    return "nothing was seen when the step was made again: the sum of all gradients, or the machine", ""
+    sizes = {name: float(p.grad.abs().max()) for name, p in state.model.named_parameters() if p.grad is not None}
+    zero_grad(state)
+    name = max(sizes, key=sizes.__getitem__)
+    if sizes[name] > OVERFLOWS:
+        return f"the norm of all gradients; that of {name} is up to {sizes[name]:.1e}", ""
+    return "nothing, when the step was made once more: has the machine made a mistake?", ""
 
 
 def text_of(run: Run, tokens: Tensor) -> str:
