@@ -31,6 +31,7 @@ Rate = Annotated[float, Field(le=1e30)]  # the weights are float32
 NAME = r"[A-Za-z_]\w*"
 LARGEST = 1 << 17  # characters of a run config; who names the text instead, or /dev/zero, is not to wait for all of it
 MOST = 50  # mistakes told at once
+DEEPEST = 30  # lists and tables in each other, in model.args
 TOKENS = 1 << 27  # of a step; the largest runs there are need half of that
 CLASS = rf"^$|^([^\x00\n]+\.py|{NAME}(\.{NAME})*):{NAME}$"
 
@@ -329,8 +330,7 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], Problem
     if built_in and model.args:
         message = "is for a class of your own: set model.class too"
         yield ("model.args", "model.class"), Problem("model.args", message, model.args)
-    if any(abs(number) >= 1 << 63 for number in integers(model.args)):
-        message = "the whole numbers in it must have 64 bits at most"
+    if message := not_for_toml(model.args):
         yield ("model.args",), Problem("model.args", message, model.args)
     if built_in and model.n_embd % model.n_head:
         message = f"must be a multiple of model.n_head = {model.n_head}"
@@ -364,13 +364,16 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], Problem
         yield keys, Problem("data.vocab_size", message, config.data.vocab_size)
 
 
-def integers(value: JsonValue) -> Iterator[int]:
-    """All integers in plain values."""
+def not_for_toml(value: JsonValue, depth: int = 0) -> str:
+    """What the run's own run.toml could not hold of plain values; '' for nothing."""
+    if depth > DEEPEST:
+        return "must not be nested so deeply"
     if isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from integers(item)
-    elif isinstance(value, int):
-        yield value
+        parts = value.values() if isinstance(value, dict) else value
+        return next((message for part in parts if (message := not_for_toml(part, depth + 1))), "")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return "the whole numbers in it must have 64 bits at most"
+    return "must not hold null" if value is None else ""
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -102,6 +102,8 @@ def unknown_key(loc: Sequence[str], sections: Sections) -> str:
         known = "the sections are " + ", ".join(sections)
         return "unknown section" + (f"; did you mean {hint[0]}?" if hint else f"; {known}")
     section, name = loc[0], loc[1]
+    if homes := [other for other, keys in sections.items() if name in keys]:
+        return f"unknown key; did you mean {homes[0]}.{name}?"
     if near := difflib.get_close_matches(name, sections[section], 1, cutoff=0.7):
         return f"unknown key; did you mean {section}.{near[0]}?"
     if name in ALIASES:

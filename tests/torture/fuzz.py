@@ -169,7 +169,7 @@ def one_mistake(draw: st.DrawFn) -> Written:
     """A config that is right but for one key, which may be right too."""
     config = {section: dict(keys) for section, keys in draw(st.sampled_from(BASES)).items()}
     top: dict[str, str] = {}
-    kinds = ["value", "value", "value", "key", "key", "section", "scalar", "top", "array", "depth"]
+    kinds = ["value", "value", "value", "key", "key", "section", "scalar", "top", "array", "args", "depth"]
     kind = draw(st.sampled_from(kinds))
     section, key = draw(st.sampled_from(KEYS))
     value = draw(LITERALS)
@@ -190,6 +190,10 @@ def one_mistake(draw: st.DrawFn) -> Written:
         return draw(layouts({}, {section: value}, section))
     if kind == "top":
         return draw(layouts(config, {key: value}, key))
+    if kind == "args":
+        config.setdefault("model", {})["class"] = '"my_model.py:Small"'
+        config["model"]["args"] = "{ " + f"{toml_key(draw(TEXTS))} = {value}" + " }"
+        return draw(layouts(config, top, "model.args"))
     if kind == "array":
         return Written(f"[[{section}]]\n{key} = {value}\n", section)
     dotted = ".".join(["a"] * draw(st.sampled_from([2, 10, 300, 1000, 10_000])))
@@ -291,20 +295,8 @@ def settings_of(draw: st.DrawFn) -> tuple[str, str]:
         return f"{wrong}.{key}={value}", wrong
     if kind == "args":
         return f"model.args.{draw(typos(key))}={value}", "model.args"
-    forms = [
-        "",
-        "=",
-        "x",
-        ".=1",
-        "model=1",
-        "model.=1",
-        "model.n_layer",
-        "=1",
-        f"{section}.{key}",
-        "\udcff.a=1",
-        "a.\udcff=1",
-    ]
-    return draw(st.one_of(st.sampled_from(forms), junk())), "--set"
+    forms = ["", "=", "x", ".=1", "model=1", "model.=1", "=1", f"{section}.{key}", "\udcff.a=1", "a.\udcff=1"]
+    return draw(st.sampled_from(forms) | junk()), "--set"
 
 
 def junk() -> st.SearchStrategy[str]:
