@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from tinyllm import archive
@@ -184,10 +184,14 @@ def copied(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def refuse_useless(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for weights that are not finite: they must not take the place of good ones."""
+    """Raise CheckpointError for weights that are not finite: they must not take the place of good ones.
+
+    By NumPy: a torch operation would give this thread threads of its own, which stay, and OpenMP lets those of the
+    training wait less patiently when there are more threads than cores.
+    """
     states = {f"optimizer.{name}.{key}": v for name, s in checkpoint.optimizer.items() for key, v in s.items()}
     for name, tensor in (checkpoint.model | states).items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not np.isfinite(tensor.float().numpy()).all():
             raise CheckpointError(f"not worth saving: {name} is not finite")
 
 
