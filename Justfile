@@ -35,6 +35,10 @@ proofs *args: install-dev
 bugs *args: install-dev
     {{bin}}/python benchmarks/bugs.py "$@"
 
+# Kill, fill, damage and deceive whole runs, and look whether anything is lost
+torture *args: install-dev
+    {{bin}}/python benchmarks/torture.py "$@"
+
 # Style and layers
 lint: install-dev
     {{bin}}/ruff check .

@@ -16,11 +16,12 @@ prepared ahead, and micro-batches are slices of the global batch. NumPy only; th
 import hashlib
 import os
 import struct
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event, Semaphore, Thread
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -331,29 +332,48 @@ def prefetch(
 ) -> Iterator[T]:
     """make(first), ..., make(last - 1), the next `ahead` of them prepared by a background thread.
 
-    Ends when asked to stop while it waits for one: a file may be on a disk that hangs.
+    Ends when asked to stop while it waits for one: a file may be on a disk that hangs. The thread is then left behind;
+    it keeps nobody from ending.
     """
-
-    def result(future: Future[T]) -> T | None:
-        while not wait([future], timeout=0.2).done:
-            if should_stop():
-                return None
-        return future.result()
-
     if ahead == 0:
         yield from map(make, range(first, last))
         return
-    with ThreadPoolExecutor(1, "tinyllm-batches") as pool:
-        waiting: deque[Future[T]] = deque()
+    made: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+    asked_for, left = Semaphore(ahead + 1), Event()
+
+    def work() -> None:
+        for index in range(first, last):
+            asked_for.acquire()
+            if left.is_set():
+                return
+            try:
+                made.put((make(index), None))
+            except BaseException as error:
+                made.put((None, error))
+                return
+
+    thread = Thread(target=work, name="tinyllm-batches", daemon=True)
+    thread.start()
+    try:
+        for _ in range(first, last):
+            if (batch := next_of(made, should_stop)) is None:
+                return
+            value, error = batch
+            if error:
+                raise error
+            yield value
+            asked_for.release()
+    finally:
+        left.set()
+        asked_for.release()
+        thread.join(1.0)
+
+
+def next_of(queue: "SimpleQueue[T]", should_stop: Callable[[], bool]) -> T | None:
+    """The next value of a queue; None if asked to stop before there is one."""
+    while True:
         try:
-            for index in range(first, last):
-                waiting.append(pool.submit(make, index))
-                if len(waiting) <= ahead:
-                    continue
-                if (made := result(waiting.popleft())) is None:
-                    return
-                yield made
-            while waiting and (made := result(waiting.popleft())) is not None:
-                yield made
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            return queue.get(timeout=0.2)
+        except Empty:
+            if should_stop():
+                return None
