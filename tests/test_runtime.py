@@ -122,3 +122,9 @@ def test_without_a_compiler_the_model_is_left_usable(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "torch.compile failed, going on without it (" in done.stdout, done.stdout
+
+
+def test_too_many_threads_are_refused():
+    """OpenMP would end the process when it cannot have them."""
+    with pytest.raises(RunError, match=rf"4,096 threads on {os.cpu_count()} cores"):
+        rt.resolve(RuntimeConfig(device="cpu", threads=4096))

@@ -61,6 +61,7 @@ CheckpointPath = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 RUN_TOML = Path("run.toml")
+MAX_PROMPT = 1 << 24  # bytes
 
 
 def main() -> None:
@@ -359,9 +360,13 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise ConfigError("--prompt and --prompt-file are both given", fix="give one of them")
     where = str(file) if file else "standard input"
     try:
-        if file is not None:
-            return file.read_text(encoding="utf-8")
-        return sys.stdin.buffer.read().decode("utf-8") if prompt == "-" else prompt or ""
+        if file is None and prompt != "-":
+            return prompt or ""
+        with file.open("rb") if file else nullcontext(sys.stdin.buffer) as stream:
+            content = stream.read(MAX_PROMPT + 1)
+        if len(content) > MAX_PROMPT:
+            raise ConfigError(f"the prompt has more than {MAX_PROMPT:,} bytes", where=where, fix="its end is enough")
+        return content.decode("utf-8")
     except UnicodeDecodeError:
         raise ConfigError("the prompt is not UTF-8 text", where=where) from None
     except OSError as error:

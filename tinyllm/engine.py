@@ -33,6 +33,7 @@ from tinyllm.errors import CheckpointError, ConfigError, NonFiniteError, RunErro
 from tinyllm.events import Evaluated, Evaluation, Event, Finished, Note, Saving, StepDone, Stopped
 from tinyllm.model import GPT, init_weights
 from tinyllm.nonfinite import bad_tensor, first_bad
+from tinyllm.numbers import amount
 from tinyllm.optim import (
     Optimizers,
     all_groups,
@@ -42,7 +43,7 @@ from tinyllm.optim import (
     state_by_name,
 )
 from tinyllm.prepare import Prepared, differences, open_prepared
-from tinyllm.runtime import Runtime, compiled, environment, resolve, seed_dropout
+from tinyllm.runtime import Runtime, compiled, environment, free_memory, resolve, seed_dropout
 from tinyllm.saver import Saver
 from tinyllm.schedule import factor
 
@@ -140,9 +141,20 @@ def new_model(run: Run) -> nn.Module:
     if config.class_:
         model = custom.build(config, run.vocab_size, seed)
     else:
+        refuse_larger_than_memory(run)
         model = GPT(config, run.vocab_size)
         init_weights(model, seed)
     return model.to(run.runtime.device)
+
+
+def refuse_larger_than_memory(run: Run) -> None:
+    """Raise RunError when the weights alone do not fit into the memory that is free; none of it is taken."""
+    with torch.device("meta"):  # shapes without values
+        model = GPT(run.config.model, run.vocab_size)
+    size, free = sum(p.nbytes for p in model.parameters()), free_memory(run.runtime.device)
+    if free is not None and size > free:
+        what = f"the weights take {amount(size, 'B')}, and {amount(free, 'B')} of memory are free"
+        raise RunError(what, fix="a smaller model.n_embd, n_layer or vocabulary; a run needs four times its weights")
 
 
 def restore(run: Run, checkpoint: ckpt.Checkpoint) -> TrainState:

@@ -28,6 +28,8 @@ from tinyllm.config import RuntimeConfig
 from tinyllm.data import mixed
 from tinyllm.errors import RunError
 
+MOST_THREADS = 64  # a core: more can only be a slip
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -68,6 +70,10 @@ def resolve(config: RuntimeConfig) -> Runtime:
     keep_freed_memory()
     device, why_device = choose_device(config.device)
     if device.type == "cpu":
+        cores = os.cpu_count() or 1
+        if config.threads > MOST_THREADS * cores:  # OpenMP ends the process when it cannot have as many
+            what = f"{config.threads:,} threads on {cores} cores"
+            raise RunError(what, where="runtime.threads", fix="0, for as many as there are cores")
         torch.set_num_threads(config.threads or usable_cores())
     dtype, why_dtype = choose_dtype(config.dtype, device)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""

@@ -227,7 +227,7 @@ def show_changes(changes: Sequence[Mapping[str, Any]]) -> None:
 def evaluation_row(event: Evaluated) -> Text:
     val = event.val
     losses = f"{event.step:>9,}  {event.train.loss:>10.4f}  {val.loss:>9.4f}"
-    others = f"  {val.perplexity:>10.2f}  {val.bits_per_byte:>9.3f}"
+    others = f"  {perplexity(val):>10}  {val.bits_per_byte:>9.3f}"
     return Text.assemble(losses, others, ("  best" if event.is_best else "", "green"))
 
 
@@ -299,7 +299,7 @@ def show_finished(end: Finished, run: "Run", seconds: float) -> None:
 
 
 def summary(evaluation: Evaluation) -> str:
-    return f" nats a token (perplexity {evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.3f} bits a byte)"
+    return f" nats a token (perplexity {perplexity(evaluation)}, {evaluation.bits_per_byte:.3f} bits a byte)"
 
 
 def show_evaluations(parts: Mapping[str, Evaluation], entropy: float | None) -> None:
@@ -360,6 +360,11 @@ def show_examples(items: Sequence[Example]) -> None:
 
 
 # ---- numbers ----
+
+
+def perplexity(part: Evaluation) -> str:
+    """12.34, but 1.2e+08 rather than hundreds of digits."""
+    return f"{part.perplexity:.2f}" if part.perplexity < 1e6 else f"{part.perplexity:.1e}"
 
 
 def plural(count: int, word: str) -> str:
