@@ -127,7 +127,8 @@ def open_prepared(config: DataConfig) -> Prepared:
     """What `prepare` made for this config. Raises DataError if missing, damaged, or of another config."""
     prepared, changes = reopen(config)
     if changes:
-        what = "the data was prepared from something else:\n  " + "\n  ".join(changes)
+        other = "from something else" if prepared else "by another version of tinyllm"
+        what = f"the data was prepared {other}:\n  " + "\n  ".join(changes)
         fix = "`tinyllm prepare run.toml` prepares it again; another data.dir keeps this one too"
         raise DataError(what, where=str(Path(config.dir) / "meta.json"), fix=fix)
     return prepared

@@ -14,6 +14,7 @@ import struct
 import time
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import chdir
 from dataclasses import dataclass
@@ -176,12 +177,19 @@ FLIPS = {
 }  # fmt: skip
 
 
-def damaged(rng: random.Random, files: list[Whole], whole: Whole | None = None) -> tuple[str, Whole, bytes]:
-    """A file that is none of the given ones: what was done to which of them (or to this one), and what came of it."""
-    kinds = [*(("bit flip", part, weight) for part, weight in FLIPS.items())]
-    kinds += [(name, "", weight) for name, (_, weight) in DAMAGES.items()]
+KINDS = [*(("bit flip", part, weight) for part, weight in FLIPS.items())]
+KINDS += [(name, "", weight) for name, (_, weight) in DAMAGES.items()]
+
+
+def damaged(
+    rng: random.Random, files: list[Whole], whole: Whole | None = None, number: int = len(KINDS)
+) -> tuple[str, Whole, bytes]:
+    """A file that is none of the given ones: what was done to which of them (or to this one), and what came of it.
+
+    `number`: of the kinds, each of which is to come once; beyond them they come by chance.
+    """
     whole = whole or rng.choice(files)
-    name, part, _ = rng.choices(kinds, [weight for *_, weight in kinds])[0]
+    name, part, _ = rng.choices(KINDS, [weight for *_, weight in KINDS])[0] if number >= len(KINDS) else KINDS[number]
     known = {file.content for file in files}
     content = whole.content
     while content in known:
@@ -198,17 +206,21 @@ def damaged(rng: random.Random, files: list[Whole], whole: Whole | None = None) 
 # ---- What must come of it ----
 
 
-def damage(count: int, seed: int, folder: Path) -> Iterator[Finding]:
-    """Damage so many checkpoints; and, a fixed number of times, whole folders, token files, and runs that go on."""
+def damage(count: int, seed: int, folder: Path, whole: bool = True) -> Iterator[Finding]:
+    """Damage so many checkpoints and, in proportion, folders and token files; `whole`: for every command, too."""
     with Forks() as forks:
         homes = train_runs(folder, forks)
         files = [Whole.read(name, path) for name, home in homes.items() for path in sorted(home.out.glob("*.pt"))]
         yield from damaged_files(count, random.Random(seed), files, folder / "damaged")
         yield from old_files(count // 10, random.Random(seed), homes, folder / "old")
-        yield from folders(count // 20, random.Random(seed), homes, folder / "folders")
-        yield from commands(random.Random(seed), homes, folder / "commands", forks)
+        yield from folders(count // 20, random.Random(seed), homes, files, folder / "folders")
         yield from token_files(count // 5, random.Random(seed), folder / "tokens")
-        yield from token_commands(homes["adamw"], folder / "again", forks)
+        chosen = homes if whole else {"muon": homes["muon"]}
+        yield from goes_on(random.Random(seed), chosen, files, folder / "resumed", forks)
+        if whole:
+            yield from commands(random.Random(seed), homes, files, folder / "commands", forks)
+        names = ("train.bin", "val.bin", "tokenizer.json", "meta.json") if whole else ("train.bin",)
+        yield from token_commands(homes["adamw"], folder / "again", forks, names)
 
 
 def train_runs(folder: Path, forks: Forks) -> dict[str, Home]:
@@ -226,8 +238,8 @@ def damaged_files(count: int, rng: random.Random, files: list[Whole], folder: Pa
     path = folder / LATEST
     forget_peak()
     before = resident()
-    for _ in range(count):
-        name, whole, content = damaged(rng, files)
+    for number in range(count):
+        name, whole, content = damaged(rng, files, number=number)
         path.write_bytes(content)
         what, problem = load_refuses(path)
         yield Finding(f"{name}: {whole.run}", not problem, problem or what)
@@ -262,7 +274,9 @@ def of_version_2(checkpoint: Checkpoint) -> dict[str, object]:
     held = {"format": "tinyllm checkpoint", "version": 2} | vars(checkpoint)
     for name in ("environment", "recent_losses", "changes"):
         del held[name]
-    return held | {"versions": {"torch": str(torch.__version__)}, "val_loss": 2.5}
+    weights = OrderedDict(checkpoint.model)  # as state_dict() gives them
+    weights._metadata = OrderedDict({"": {"version": 1}})
+    return held | {"model": weights, "versions": {"torch": str(torch.__version__)}, "val_loss": 2.5}
 
 
 def old_files(count: int, rng: random.Random, homes: dict[str, Home], folder: Path) -> Iterator[Finding]:
@@ -300,9 +314,10 @@ def both_versions(home: Home, folder: Path) -> Iterator[Finding]:
 # ---- Folders ----
 
 
-def folders(count: int, rng: random.Random, homes: dict[str, Home], folder: Path) -> Iterator[Finding]:
+def folders(
+    count: int, rng: random.Random, homes: dict[str, Home], files: list[Whole], folder: Path
+) -> Iterator[Finding]:
     """Of a folder the next good file is taken, and each better one that is damaged is named."""
-    files = [Whole.read(name, path) for name, home in homes.items() for path in sorted(home.out.glob("*.pt"))]
     for number in range(count):
         run = rng.choice(list(homes))
         out = folder / str(number)
@@ -358,10 +373,10 @@ def seems_newer(path: Path, step: int) -> bool:
 # ---- The command line ----
 
 
-def commands(rng: random.Random, homes: dict[str, Home], folder: Path, forks: Forks) -> Iterator[Finding]:
-    """One error and no traceback; what goes on with an older file ends with the very bits of the undisturbed run."""
-    files = [Whole.read(name, path) for name, home in homes.items() for path in sorted(home.out.glob("*.pt"))]
-
+def goes_on(
+    rng: random.Random, homes: dict[str, Home], files: list[Whole], folder: Path, forks: Forks
+) -> Iterator[Finding]:
+    """What goes on with an older file says so, and ends with the very bits of the undisturbed run."""
     for number, (name, home) in enumerate(homes.items()):
         mine = copied(home, folder / f"resume-{number}")
         put(rng, mine.out / LATEST, files)
@@ -377,6 +392,12 @@ def commands(rng: random.Random, homes: dict[str, Home], folder: Path, forks: Fo
         code = forks.start(mine, "sample", "-c", "out", "--max-new-tokens", "5").wait(LIMIT)
         ok = code == 0 and "warning: " in mine.said() and "going on with " in mine.said()
         yield Finding(f"sample with a damaged {BEST}: {name}", ok, mine.said()[-300:])
+
+
+def commands(
+    rng: random.Random, homes: dict[str, Home], files: list[Whole], folder: Path, forks: Forks
+) -> Iterator[Finding]:
+    """One error and no traceback, whichever command it is."""
     home = homes["adamw"]
     for number, args in enumerate(
         (("resume", "out/ckpt.pt"), ("eval", "out/best.pt"), ("sample", "-c", "out/best.pt"), ("resume", "out/best.pt"))
@@ -450,6 +471,9 @@ def token_files(count: int, rng: random.Random, folder: Path) -> Iterator[Findin
                 put_files(mixed)
                 which = ", ".join(file for file, name in zip(prep.FILES, chosen, strict=True) if name == "one")
                 yield Finding(f"of another preparation: {which}", *opened_well(config, None))
+        digit = whole["meta.json"].index(b'"unigram_entropy": ') + 20
+        put_files(whole | {"meta.json": whole["meta.json"][:digit] + b"7" + whole["meta.json"][digit + 1 :]})
+        yield Finding("another digit: meta.json", *opened_well(config, None))
         for number in range(count):
             file = rng.choice(prep.FILES)
             content = whole[file]
@@ -500,9 +524,9 @@ def opened_well(config: DataConfig, meaning: prep.Prepared | None) -> tuple[bool
     return prepared == meaning, HARMLESS if prepared == meaning else "was opened"
 
 
-def token_commands(home: Home, folder: Path, forks: Forks) -> Iterator[Finding]:
-    """One flipped bit of an id, and no command computes anything with it; prepared again, the run goes on."""
-    for number, file in enumerate(("train.bin", "val.bin", "tokenizer.json", "meta.json")):
+def token_commands(home: Home, folder: Path, forks: Forks, names: tuple[str, ...]) -> Iterator[Finding]:
+    """One flipped bit, and no command computes anything with it; prepared again, the run goes on."""
+    for number, file in enumerate(names):
         mine = copied(home, folder / str(number))
         data = folder / f"data-{number}"
         shutil.copytree(home.folder / "data", data)
