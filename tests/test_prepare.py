@@ -335,7 +335,10 @@ def flip(name, at):
         (lambda: Path("data/meta.json").write_text("{"), "meta.json: damaged"),
         (lambda: Path("data/meta.json").write_text("[" * 100_000), "meta.json: damaged"),
         (lambda: Path("data/meta.json").write_text('{"version": 2}'), "meta.json: damaged: KeyError"),
-        (lambda: Path("data/meta.json").write_text('{"version": 1}'), "prepared by another version of tinyllm:\n  format: 1 -> 2"),
+        (
+            lambda: Path("data/meta.json").write_text('{"version": 1}'),
+            "by another version of tinyllm:\n  format: 1 -> 2",
+        ),
         (damage_meta, "meta.json: damaged: ValueError: another SHA-256"),
         (lambda: Path("data/tokenizer.json").unlink(), "tokenizer.json: no prepared data"),
         (lambda: Path("data/val.bin").unlink(), "val.bin: no such token file"),
