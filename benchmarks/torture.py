@@ -53,15 +53,15 @@ def main() -> int:
 
 
 def kills(count: int, seed: int, folder: Path) -> Part:
-    from torture.kills import every_change, kills
+    from torture.kills import every_change, kills, while_preparing
 
     runs = list(kills(count, seed, folder / "random"))
-    short = list(every_change(folder / "each"))
+    short = [*every_change(folder / "each"), *while_preparing(folder / "data")]
     places = Counter(place for run in runs for place in run.falls)
     where = ", ".join(f"{n} {place}" for place, n in places.most_common())
     scripts = sum(run.scripts for run in runs)
     figures = f"{places.total()} kills of {len(runs)} runs ({where}; {scripts} of the console script)"
-    figures += f", {sum(len(run.falls) for run in short)} before each change to the folder of a short one"
+    figures += f", {sum(len(run.falls) for run in short)} before each change to the folders of a short one"
     return figures, [f"{run.run}, {', '.join(run.kinds)}: {what}" for run in [*runs, *short] for what in run.lost]
 
 

@@ -44,5 +44,12 @@ def test_a_kill_before_any_change_to_the_folder(folder):
     assert [killed for killed in kills.every_change(folder) if killed.lost] == []
 
 
+@pytest.mark.slow
+def test_a_kill_while_the_data_is_prepared(tmp_path):
+    found = list(kills.while_preparing(tmp_path))
+    assert found
+    assert [killed for killed in found if killed.lost] == []
+
+
 def lost(findings):
     return [f"{finding.name}: {finding.what}" for finding in findings if not finding.ok]

@@ -113,38 +113,46 @@ class Filler:
         self.folder, self.path = folder, Path(folder) / "filler"
 
     def fill(self, left: int) -> None:
-        with open(self.path, "wb") as file:
+        with open(self.path, "ab") as file:
             for _ in range(100):  # somebody may take or give back space meanwhile
                 found = os.statvfs(self.folder)
-                with suppress(OSError):
-                    os.posix_fallocate(file.fileno(), 0, max(1, found.f_bavail * found.f_frsize - left))
+                if (size := found.f_bavail * found.f_frsize - left) <= 0:
                     return
+                with suppress(OSError):
+                    os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), size)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
 
 
 def fill_between(first: int, last: int, folder: str) -> None:
-    """Have something else take the whole disk from one step to another."""
+    """Have something else take the whole disk from one step to another, and what is freed meanwhile."""
     filler = Filler(folder)
-    at_steps({first: lambda: filler.fill(0), last: filler.remove})
+    between(first, last, lambda: filler.fill(0), filler.remove)
 
 
 def protect_between(first: int, last: int, folder: str) -> None:
     """Take the right to write into the folder away from one step to another."""
     give_up_override()
-    at_steps({first: lambda: os.chmod(folder, 0o500), last: lambda: os.chmod(folder, 0o700)})
+    between(first, last, lambda: os.chmod(folder, 0o500), lambda: os.chmod(folder, 0o700))
 
 
-def at_steps(actions: dict[int, Callable[[], Any]]) -> None:
-    """Do something right before certain steps."""
+def limit_from(first: int, size: int) -> None:
+    """Let no file grow beyond so many bytes from a step on."""
+    between(first, -1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)), lambda: None)
+
+
+def between(first: int, last: int, act: Callable[[], Any], undo: Callable[[], Any]) -> None:
+    """Act before each step from `first` on, and undo it before step `last`."""
     from tinyllm import engine
 
     train_step = engine.train_step
 
     def step(run: Any, state: Any, *args: Any) -> Any:
-        if state.step in actions:
-            actions[state.step]()
+        if state.step == last:
+            undo()
+        elif state.step >= first and (state.step < last or last < 0):
+            act()
         return train_step(run, state, *args)
 
     engine.train_step = step
@@ -158,11 +166,6 @@ def give_up_override() -> None:
     assert libc.capget(header, sets) == 0
     low = [value & ~0b110 for value in struct.unpack("III", sets.raw[:12])]
     assert libc.capset(header, struct.pack("III", *low) + sets.raw[12:]) == 0
-
-
-def limit_from(first: int, size: int) -> None:
-    """Let no file grow beyond so many bytes from a step on."""
-    at_steps({first: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))})
 
 
 def signal_at(place: str, number: int, times: int, note: str) -> None:

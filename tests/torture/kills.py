@@ -10,6 +10,7 @@ opened; and in the middle of a write, after n bytes of it. All but the last are 
 forked (see `server.py`), about every tenth is the console script.
 """
 
+import os
 import random
 import re
 import time
@@ -89,6 +90,33 @@ def every_change(folder: Path, lanes: int = 2, stride: int = 1) -> Iterator[Kill
     assert not any(killed.kinds for killed in last.values()), "there are more changes than SHORT_CHANGES"
 
 
+def while_preparing(folder: Path) -> Iterator[Killed]:
+    """Kill `train` right before each change to the folder of the data, of which there is none yet, and train again."""
+    undisturbed = Home(folder / "undisturbed", SHORT, Path("data"))
+    with Forks() as forks:
+        assert forks.start(undisturbed, "train", *QUIET).wait() == 0, undisturbed.said()
+        for number in range(1, 100):
+            killed, started = Killed("preparation"), time.monotonic()
+            home = Home(folder / f"change {number}", SHORT, Path("data"))
+            hook = die_before(home, number) | {"folder": str(home.folder / "data")}
+            if forks.start(home, "train", *QUIET, **hook).wait() == 0:
+                return
+            killed.kinds.append((home.folder / "note.txt").read_text())
+            killed.falls.append("while the data was prepared")
+            if forks.start(home, "train", *QUIET).wait() != 0:
+                killed.lost.append(home.said()[-500:])
+            names = {path.name for each in (home, undisturbed) for path in (each.folder / "data").iterdir()}
+            one, two = ({name: bytes_of(each.folder / "data" / name) for name in names} for each in (home, undisturbed))
+            killed.lost += [f"data/{name}" for name in sorted(names) if one[name] != two[name]]
+            killed.lost += killed.lost or differences(home, undisturbed)
+            killed.seconds = time.monotonic() - started
+            yield killed
+
+
+def bytes_of(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
 def side_by_side(
     one: Callable[..., Killed], tasks: Iterable[Any], runs: dict[str, dict], folder: Path, lanes: int
 ) -> Iterator[Killed]:
@@ -156,6 +184,7 @@ def kill_before(name: str, number: int, home: Home, undisturbed: Home, forks: Fo
         killed.kinds.append((home.folder / "note.txt").read_text())
         killed.falls.append(where_it_fell(home, began))
         killed.lost += [f"{file}: not whole after a kill" for file in halves(home)]
+        (home.out / "ckpt-1.pt.tmp").write_text("left by one who was killed, long ago")
         if begin(forks.start, home).wait() != 0:
             killed.lost.append(home.said()[-500:])
     killed.lost += killed.lost or differences(home, undisturbed)
@@ -218,10 +247,10 @@ def newest(home: Home) -> int:
 
 def metrics_of(home: Home) -> tuple[int, int]:
     """Which file the metrics are, and how long; it is another one each time a run goes on."""
-    path = home.out / "metrics.jsonl"
-    if not path.exists():
+    try:
+        found = os.stat(home.out / "metrics.jsonl")
+    except FileNotFoundError:
         return 0, 0
-    found = path.stat()
     return found.st_ino, found.st_size
 
 
