@@ -688,4 +688,4 @@ def test_a_run_whose_last_step_cannot_be_saved_says_so(make_config, tmp_path, mo
 
 def test_a_model_larger_than_the_memory_is_refused_before_it_is_built(make_run):
     with pytest.raises(RunError, match=r"the weights take 48 TB, and \d+(\.\d+)? [MG]B of memory are free"):
-        new_state(make_run("model.n_embd=1000000", "model.n_layer=1", "model.n_head=1"))
+        make_run("model.n_embd=1000000", "model.n_layer=1", "model.n_head=1")

@@ -141,7 +141,8 @@ def test_the_folder_means_the_newest_checkpoint_that_is_whole(tmp_path):
         assert found.checkpoint.step == config.train.seed
         assert sorted(error.where for error in found.passed_over) == sorted(damaged)
         assert reopen(tmp_path / "best-1.pt", [])[0].train.seed == 1
-        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
         damaged.append(str(tmp_path / name))
     with pytest.raises(CheckpointError, match="no checkpoint in this folder can be read") as error:
         reopen(tmp_path, [])

@@ -87,6 +87,8 @@ def upgraded(record: dict[str, Any]) -> dict[str, Any]:
     """The record of version 2 as one of version 3."""
     versions = record.pop("versions", {})
     record.pop("val_loss", None)
+    if isinstance(record.get("model"), dict):
+        record["model"] = dict(record["model"])  # torch's own kind of dictionary until then
     return record | {"environment": versions, "recent_losses": [], "changes": []}
 
 
@@ -158,7 +160,7 @@ def find(path: str | Path, wanted: str = BEST) -> Found:
         fix = "`tinyllm train run.toml` makes one, or name the file"
         raise CheckpointError(f"no {BEST} or {LATEST} in this folder", where=f"{path}/", fix=fix)
     if wanted == BEST:
-        present.sort(key=lambda file: not file.name.startswith("best"))  # stable: newest first within each kind
+        present.sort(key=lambda file: (not file.name.startswith("best"), file.name not in (BEST, LATEST)))
     errors = []
     for file in present:
         try:
@@ -186,13 +188,15 @@ def load_or_point(path: Path) -> Checkpoint:
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, by what their seals and names say: the newest first, the latest before the best.
 
-    One without a seal, of an older version or cut off, comes before all others: it was there to be the latest.
+    Without a seal, because it is of an older version or cut off, the latest comes first: it was there to be it. The
+    best comes last then, since nobody knows how old it is.
     """
 
     def age(path: Path) -> tuple[float, bool, bool]:
         step = archive.sealed_step(path)
         if step is None:
-            step = int((re.findall(r"-(\d+)", path.name) or [0])[0]) or math.inf
+            number = re.search(r"-(\d+)", path.name)
+            step = int(number[1]) if number else math.inf if path.name == LATEST else -1
         return step, path.name == LATEST, path.name.startswith("ckpt")
 
     try:

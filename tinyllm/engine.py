@@ -110,6 +110,8 @@ def open_run(config: RunConfig) -> Run:
     run = Run(config.model_copy(update=settled), runtime, data, source, tok.token_bytes(tokenizer), source_hash)
     if config.model.class_:
         custom.check_contract(new_model(run), config.model, run.vocab_size)
+    else:
+        refuse_larger_than_memory(run)
     return run
 
 
@@ -141,7 +143,6 @@ def new_model(run: Run) -> nn.Module:
     if config.class_:
         model = custom.build(config, run.vocab_size, seed)
     else:
-        refuse_larger_than_memory(run)
         model = GPT(config, run.vocab_size)
         init_weights(model, seed)
     return model.to(run.runtime.device)

@@ -358,16 +358,19 @@ def found_well(out: Path, wanted: str, order: list[Path], bad: list[Path]) -> tu
     if len(bad) == len(order):
         return False, f"{found.path} was loaded"
     named = {error.where for error in found.passed_over}
-    missing = [path.name for path in bad if str(path) not in named and seems_newer(path, found.checkpoint.step)]
+    missing = [path.name for path in bad if str(path) not in named and seems_newer(path, found.checkpoint.step, wanted)]
     if found.path != order[len(bad)] or missing:
         return False, f"took {found.path.name}, not {order[len(bad)].name}; did not name {missing}"
     return True, f"took {found.path.name}"
 
 
-def seems_newer(path: Path, step: int) -> bool:
-    """Whether a damaged file can be told from one that is whole and older: another's seal may be at its end."""
+def seems_newer(path: Path, step: int, wanted: str) -> bool:
+    """Whether a damaged file can be told from one that is whole and older: another's seal may be at its end, or none.
+
+    Without one, it is what is wanted by its name alone; a best.pt may be of any age.
+    """
     claimed = sealed_step(path)
-    return claimed is None or claimed > step
+    return path.name == wanted if claimed is None else claimed > step
 
 
 # ---- The command line ----
