@@ -57,11 +57,11 @@ def kills(count: int, seed: int, folder: Path) -> Part:
 
     runs = list(kills(count, seed, folder / "random"))
     short = [*every_change(folder / "each"), *while_preparing(folder / "data")]
-    places = Counter(place for run in runs for place in run.falls)
+    places = Counter(place for run in [*runs, *short] for place in run.falls)
     where = ", ".join(f"{n} {place}" for place, n in places.most_common())
-    scripts = sum(run.scripts for run in runs)
-    figures = f"{places.total()} kills of {len(runs)} runs ({where}; {scripts} of the console script)"
-    figures += f", {sum(len(run.falls) for run in short)} before each change to the folders of a short one"
+    scripts, each = (sum(numbers) for numbers in ((run.scripts for run in runs), (len(run.falls) for run in short)))
+    figures = f"{places.total()} kills: {where}; {scripts} of the console script, "
+    figures += f"{each} before each change to the folders of a short run"
     return figures, [f"{run.run}, {', '.join(run.kinds)}: {what}" for run in [*runs, *short] for what in run.lost]
 
 

@@ -45,6 +45,18 @@ RUN = {
     "model.recipe": "modern",
 }  # fmt: skip
 
+KNOWN = """\
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self, vocab_size, width=16):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size)
+
+    def forward(self, tokens):
+        return self.head(self.embed(tokens))
+"""
 Record = dict[str, Any]
 Make = Callable[[Path, Record], None]  # writes the file, of a good record that it may change
 
@@ -528,6 +540,12 @@ def class_of_the_library(path: Path, record: Record) -> None:
     saved(path, record | {"model_source": hashlib.sha256(Path(torch.nn.__file__).read_bytes()).hexdigest()})
 
 
+def known_class_of_any_size(path: Path, record: Record) -> None:
+    """A file that the user has, as everybody who began with the same example; the arguments are the stranger's."""
+    record["config"]["model"] |= {"class": "known.py:Model", "args": {"width": 20_000_000}}
+    saved(path, record | {"model_source": hashlib.sha256(KNOWN.encode()).hexdigest()})
+
+
 def long_class(path: Path, record: Record) -> None:
     record["config"]["model"]["class"] = "x" * 1_000_000 + ".py:Model"
     saved(path, record)
@@ -662,8 +680,8 @@ FILES: tuple[Make, ...] = (
     asking("train", batch_size=1 << 34, micro_batch_size=1), asking("train", batch_size=1 << 62, micro_batch_size=1),
     # Paths and names
     member_outside, other_out_dir, data_that_is_a_device, data_that_is_the_disk, class_outside, class_beside,
-    class_of_the_library, long_class, long_names, names_for_the_terminal, config_for_the_terminal,
-    directory_for_the_terminal,
+    class_of_the_library, known_class_of_any_size, long_class, long_names, names_for_the_terminal,
+    config_for_the_terminal, directory_for_the_terminal,
     # Tokenizers
     tokenizer_of(lambda _: "not JSON", "not JSON"), tokenizer_of(lambda _: "[" * 100_000, "deep JSON"),
     tokenizer_of(lambda _: "{}", "an empty object"), tokenizer_of(far_id, "an id far out"),
@@ -707,6 +725,7 @@ def hostile(folder: Path, whole: bool = True) -> Iterator[Finding]:
     good = home.out / f"ckpt-{STEP}.pt"
     makes = [make for make in FILES if whole or make not in SLOW]
     cases = {"a good file": good} | {make.__name__: made(make, good, folder / "cases") for make in makes}
+    (home.folder / "known.py").write_text(KNOWN)
     (home.folder / "mine.py").write_text(f"import os\nos.system({TOUCH!r})\n")
     with Victim(home) as victim:
         home.log.unlink(missing_ok=True)
