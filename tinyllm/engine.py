@@ -82,7 +82,8 @@ class TrainState:
     model: nn.Module  # the raw module: what is saved
     optimizers: Optimizers
     step: int = 0  # optimizer steps done
-    best_val_loss: float = math.inf
+    best_val_loss: float = math.inf  # of the evaluations so far, this step's included
+    best_before: float = math.inf  # of those before this step: what a checkpoint of it holds, whenever it is saved
     recent_losses: list[float] = field(default_factory=list)  # of the last steps, the oldest first
     changes: list[dict[str, Any]] = field(default_factory=list)  # what was changed on the way (see `changes_since`)
     forward: nn.Module | None = None  # what is called: the model, or its compiled form
@@ -172,6 +173,7 @@ def restore(run: Run, checkpoint: ckpt.Checkpoint) -> TrainState:
     ckpt.load_weights(state.model, checkpoint.model)
     load_state_by_name(state.optimizers, checkpoint.optimizer)
     state.step, state.best_val_loss = checkpoint.step, checkpoint.best_val_loss
+    state.best_before = checkpoint.best_val_loss
     state.recent_losses = checkpoint.recent_losses
     state.changes = [*checkpoint.changes, *changes_since(run, checkpoint)]
     return state
@@ -190,7 +192,7 @@ def snapshot(run: Run, state: TrainState) -> ckpt.Checkpoint:
     """The state as a checkpoint (its tensors are the live ones)."""
     return ckpt.Checkpoint(
         step=state.step,
-        best_val_loss=state.best_val_loss,
+        best_val_loss=state.best_before,
         config=to_dict(run.config),
         vocab_size=run.vocab_size,
         model=dict(state.model.state_dict()),
@@ -246,7 +248,7 @@ def train_step(
         optimizer.step()
     zero_grad(state)
     state.recent_losses = [*state.recent_losses, values.loss][-SPIKE_WINDOW:]
-    state.step += 1
+    state.step, state.best_before = state.step + 1, state.best_val_loss
     return values
 
 
@@ -385,7 +387,7 @@ def train(run: Run, state: TrainState, should_stop: Stop = lambda: False) -> Ite
                 break
             if values.is_odd or state.step % config.log_interval == 0 or state.step == config.max_steps:
                 yield values
-        yield from save_last(run, state, saver)
+        yield from save_last(run, state, saver, final)
     yield Finished(state.step, final.val, state.best_val_loss) if final else Stopped(state.step)
 
 
@@ -396,10 +398,12 @@ def save(run: Run, state: TrainState, saver: Saver) -> Iterator[Event]:
         saver.save(snapshot(run, state))
 
 
-def save_last(run: Run, state: TrainState, saver: Saver) -> Iterator[Event]:
-    """Wait until the state is on the disk; try twice. Raises CheckpointError if it cannot be saved."""
+def save_last(run: Run, state: TrainState, saver: Saver, final: Evaluated | None) -> Iterator[Event]:
+    """Wait until the state is on the disk, as the best too if it is; try twice. Raises CheckpointError if it cannot."""
     for _ in range(2):
         yield from save(run, state, saver)
+        if final and final.is_best and saver.best_step != state.step:
+            saver.keep_best(snapshot(run, state))
         yield from saver.finish()
     if saver.step != state.step:
         fix = f"mend that, then `tinyllm resume {typed(saver.folder)}` goes on from what was saved before"

@@ -46,6 +46,7 @@ class Saver:
         latest = self.folder / LATEST
         # A damaged file is not worth keeping as the one before.
         self.step = archive.sealed_step(latest) if archive.is_whole(latest) else None  # of the last save that was one
+        self.best_step: int | None = None  # of the last that was kept as the best
         self.failure = ""  # why the last save that failed did
         self.written: dict[str, int] = {}  # what the thread knows to be whole: name to step
         self.last_time = time.monotonic()
@@ -69,6 +70,7 @@ class Saver:
     def keep_best(self, checkpoint: Checkpoint) -> None:
         """Make it the best. It is the latest, unless that could not be saved: then another try is made."""
         wait(self.waiting)
+        self.best_step = checkpoint.step
         if archive.sealed_step(self.folder / LATEST) == checkpoint.step:
             self.waiting.append(self.pool.submit(self.link_best, checkpoint.step))
         else:
@@ -81,6 +83,7 @@ class Saver:
             if isinstance(event, SaveFailed):
                 self.failure = event.reason
                 self.step = None if (event.path.name, event.step) == (LATEST, self.step) else self.step
+                self.best_step = None if event.path.name == BEST else self.best_step
             yield event
 
     def finish(self) -> Iterator[Saved | SaveFailed]:

@@ -184,6 +184,8 @@ class Lab:
         def neighbour(home: Home) -> None:
             filler = Filler(str(home.out))
             while not stop.wait(rng.uniform(0, 0.05)) and last_step(home) < 600:
+                if not newest(home):  # a run that cannot begin is refused, as it should be
+                    continue
                 filler.fill(rng.choice([0, rng.randrange(CHECKPOINT), LITTLE]))
                 filled.append(1)
                 stop.wait(rng.uniform(0, 0.05))
