@@ -288,8 +288,9 @@ def clip_gradients(state: TrainState, limit: float) -> Tensor:
 
 
 def zero_grad(state: TrainState) -> None:
-    for optimizer in state.optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    for group in all_groups(state.optimizers):
+        for p in group["params"]:
+            p.grad = None
 
 
 def eval_rows(run: Run) -> int:

@@ -209,7 +209,7 @@ BUGS = [
         "no end of text between documents",
         "the mark is announced, and forgotten where documents are joined",
         ("tokenizer", "token ids", "split sizes"),
-        ("prepare.py", "for ids in (row, end[: piece.end])]", "for ids in (row,)]"),
+        ("prepare.py", "for ids in (row, mark[: piece.end])]", "for ids in (row,)]"),
         prepares=True,
     ),
     bug(

@@ -325,7 +325,7 @@ BUGS = [
         "a checkpoint every so many steps, and none at the end",
         "train loop",
         ("engine.py", "if state.step and (looks or is_due):", "if state.step and is_due:"),
-        ("engine.py", "yield from save_last(run, state, saver)", "yield from saver.finish()"),
+        ("engine.py", "yield from save_last(run, state, saver, final)", "yield from saver.finish()"),
     ),
     bug(
         "the checkpoint of before the step",

@@ -96,7 +96,7 @@ BUGS = [
         "head untied by accident",
         "tie_embeddings is not looked at",
         "parameters",
-        ("model.py", "self.head = None if config.tie_embeddings else nn", "self.head = None if not config else nn"),
+        ("model.py", "self.head = None if config.tie_embeddings else", "self.head = None if not config else"),
     ),
     bug(
         "head tied by accident",
@@ -181,7 +181,7 @@ BUGS = [
         "residual missing",
         "x = attn(...) for x = x + attn(...)",
         "formula",
-        ("model.py", "x = x + F.dropout(self.attn(", "x = F.dropout(self.attn("),
+        ("model.py", "x = x + dropout(self.attn(", "x = dropout(self.attn("),
     ),
     bug(
         "final norm missing",
@@ -294,9 +294,9 @@ BUGS = [
     # ---- Dropout ----
     bug(
         "dropout in evaluation",
-        "F.dropout is on unless it is told otherwise",
+        "a mode that was left on",
         "dropout",
-        ("model.py", "x = F.dropout(x, self.config.dropout, self.training)", "x = F.dropout(x, self.config.dropout)"),
+        ("model.py", "x = dropout(x, self.config.dropout, self.training)", "x = dropout(x, self.config.dropout, True)"),
     ),
     bug(
         "attention dropout in evaluation",
@@ -310,7 +310,7 @@ BUGS = [
         "the number is read, and not used",
         "dropout",
         ("model.py", "self.dropout = config.dropout", "self.dropout = 0.0"),
-        ("model.py", "        x = F.dropout(x, self.config.dropout, self.training)\n", ""),
+        ("model.py", "        x = dropout(x, self.config.dropout, self.training)\n", ""),
     ),
     bug(
         "attention dropout never on",
@@ -323,7 +323,7 @@ BUGS = [
         "dropout of a fixed strength",
         "0.5 written where the config's belongs",
         ("dropout", "formula"),
-        ("model.py", "x = F.dropout(x, self.config.dropout, self.training)", "x = F.dropout(x, 0.5, self.training)"),
+        ("model.py", "x = dropout(x, self.config.dropout, self.training)", "x = dropout(x, 0.5, self.training)"),
     ),
     # ---- The cache, which only generation uses ----
     bug(

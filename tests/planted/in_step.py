@@ -9,7 +9,8 @@ CLIP = "    norm = clip_gradients(state, config.optim.grad_clip)\n"
 STEP = "    for optimizer in () if values.skipped else state.optimizers:\n        optimizer.step()\n"
 END = "    zero_grad(state)\n    state.recent_losses"
 RATE = "    set_learning_rate(state.optimizers, rate)\n"
-ADAMW = "torch.optim.AdamW(list(as_dicts.values()), betas=config.betas, eps=config.eps, fused=True)"
+ADAMW = "AdamW(list(as_dicts.values()), config.betas, config.eps)"
+IMPORT = "from torch.optim.adamw import adamw\n"
 BFLOAT16 = ("runtime.dtype=bfloat16",)
 
 BUGS = [
@@ -195,8 +196,8 @@ BUGS = [
         "zero_grad",
         (
             "engine.py",
-            "def zero_grad(state: TrainState) -> None:\n    for optimizer in state.optimizers:",
-            "def zero_grad(state: TrainState) -> None:\n    for optimizer in state.optimizers[:1]:",
+            "def zero_grad(state: TrainState) -> None:\n    for group in all_groups(state.optimizers):",
+            "def zero_grad(state: TrainState) -> None:\n    for group in all_groups(state.optimizers[:1]):",
         ),
         set=("optim.name=muon", "optim.muon_lr=0.01"),
     ),
@@ -317,8 +318,8 @@ BUGS = [
         ("decay groups", "weights move"),
         (
             "optim.py",
-            "torch.optim.AdamW(list(as_dicts.values()), betas",
-            "torch.optim.AdamW(list(as_dicts.values())[:1], betas",
+            "AdamW(list(as_dicts.values()),",
+            "AdamW(list(as_dicts.values())[:1],",
         ),
     ),
     bug(
@@ -362,38 +363,43 @@ BUGS = [
         "AdamW's own betas",
         "betas are read, and not passed on",
         "optimizer",
-        ("optim.py", "betas=config.betas, eps", "eps"),
+        ("optim.py", ADAMW, ADAMW.replace("config.betas", "(0.9, 0.999)")),
     ),
     bug(
         "AdamW's own eps",
         "eps is read, and not passed on",
         "optimizer",
-        ("optim.py", "eps=config.eps, ", ""),
+        ("optim.py", ADAMW, ADAMW.replace("config.eps", "1e-8")),
         set=("optim.eps=1e-6",),
     ),
     bug(
         "Adam for AdamW",
         "the decay goes through the averages",
         "optimizer",
-        ("optim.py", "torch.optim.AdamW(list", "torch.optim.Adam(list"),
+        ("optim.py", IMPORT, "from torch.optim.adam import adam as adamw\n"),
     ),
     bug(
         "SGD for AdamW",
         "an experiment left behind",
         "optimizer",
-        ("optim.py", ADAMW, "torch.optim.SGD(list(as_dicts.values()), momentum=0.9)"),
+        ("optim.py", IMPORT, "def adamw(ps, grads, *_, lr, **__): torch._foreach_add_(ps, grads, alpha=-lr)\n"),
     ),
     bug(
         "uphill",
         "maximize=True",
         "optimizer",
-        ("optim.py", "eps=config.eps, fused", "eps=config.eps, maximize=True, fused"),
+        ("optim.py", "maximize=False", "maximize=True"),
     ),
     bug(
         "AMSGrad",
         "a switch that was tried once",
         "optimizer",
-        ("optim.py", "eps=config.eps, fused", "eps=config.eps, amsgrad=True, fused"),
+        (
+            "optim.py",
+            "                [],\n                steps,\n                fused=True,\n                amsgrad=False,",
+            "                [s.setdefault('max', torch.zeros_like(s['exp_avg'])) for s in states],\n"
+            "                steps,\n                fused=True,\n                amsgrad=True,",
+        ),
     ),
     bug(
         "no bias correction",
@@ -459,7 +465,7 @@ BUGS = [
         "Muon's own momentum",
         "muon_momentum is read, and not passed on",
         "optimizer",
-        ("optim.py", "torch.optim.Muon([muon], momentum=config.muon_momentum)", "torch.optim.Muon([muon])"),
+        ("optim.py", "Muon([muon], config.muon_momentum)", "Muon([muon], 0.95)"),
         set=("optim.name=muon", "optim.muon_lr=0.01", "optim.muon_momentum=0.8"),
     ),
     bug(

@@ -3,10 +3,9 @@
 import math
 
 import numpy as np
-import torch
 
 from tinyllm.config import RunConfig
-from tinyllm.optim import set_learning_rate
+from tinyllm.optim import AdamW, Muon, set_learning_rate
 from tinyllm.sanity.result import Result, failed, passed, warned
 from tinyllm.sanity.subject import Subject
 from tinyllm.schedule import factor
@@ -49,9 +48,9 @@ def learning_rate(subject: Subject) -> Result:
     return verdict_on_curve(curve, config)
 
 
-def peak_of(optimizer: torch.optim.Optimizer, config: RunConfig) -> float:
+def peak_of(optimizer: AdamW | Muon, config: RunConfig) -> float:
     """The peak rate that the config asks for."""
-    return config.optim.muon_lr if isinstance(optimizer, torch.optim.Muon) else config.optim.lr
+    return config.optim.muon_lr if isinstance(optimizer, Muon) else config.optim.lr
 
 
 def verdict_on_curve(curve: list[tuple[float, float]], config: RunConfig) -> Result:

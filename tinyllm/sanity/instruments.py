@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tinyllm.config import RunConfig
 from tinyllm.data import HEADER_SIZE, IGNORED, read_header
 from tinyllm.engine import Run, TrainState
+from tinyllm.optim import AdamW, Muon
 
 
 def variant(run: Run, changes: Mapping[str, Mapping[str, Any]]) -> Run:
@@ -130,39 +131,38 @@ class Update:
 
 @contextmanager
 def watched(state: TrainState) -> Iterator[list[Update]]:
-    """Record each update that the optimizers make, by hooks on their `step`."""
+    """Record each update that the optimizers make, by a `step` in place of theirs that calls it."""
     updates: list[Update] = []
-    handles = [handle for optimizer in state.optimizers for handle in watch(optimizer, state.model, updates)]
+    optimizers = list(state.optimizers)
+    for optimizer in optimizers:
+        watch(optimizer, state.model, updates)
     try:
         yield updates
     finally:
-        for handle in handles:
-            handle.remove()
+        for optimizer in optimizers:
+            del optimizer.step  # and the class's own is there again
 
 
-def watch(optimizer: torch.optim.Optimizer, model: nn.Module, updates: list[Update]) -> tuple[Any, Any]:
-    """Hooks that add the optimizer's updates to the list."""
+def watch(optimizer: AdamW | Muon, model: nn.Module, updates: list[Update]) -> None:
+    """Have the optimizer's steps add its updates to the list."""
     names = {id(p): name for name, p in model.named_parameters()}
-    steps = itertools.count()
-    current: list[tuple[Tensor, Update]] = []
+    steps, real_step = itertools.count(), optimizer.step
 
-    def before(*_: Any) -> None:
-        step = next(steps)
+    def watched_step() -> None:
+        step, current = next(steps), []
         for group in optimizer.param_groups:
             for p in group["params"]:
                 name = names.get(id(p), "a tensor that is not the model's")
                 grad = None if p.grad is None else p.grad.detach().clone()
-                muon = isinstance(optimizer, torch.optim.Muon)
+                muon = isinstance(optimizer, Muon)
                 update = Update(name, step, group["lr"], group["weight_decay"], grad, p.detach().clone(), muon=muon)
                 current.append((p, update))
                 updates.append(update)
-
-    def after(*_: Any) -> None:
+        real_step()
         for p, update in current:
             update.after = p.detach().clone()
-        current.clear()
 
-    return optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
+    optimizer.step = watched_step
 
 
 @dataclass(frozen=True)

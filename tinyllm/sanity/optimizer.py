@@ -10,7 +10,7 @@ from torch import nn
 from tinyllm.config import OptimConfig
 from tinyllm.engine import new_state, train_step
 from tinyllm.errors import RunError
-from tinyllm.optim import all_groups, parameter_groups
+from tinyllm.optim import Muon, all_groups, parameter_groups
 from tinyllm.sanity.config import closed_form, peak_of
 from tinyllm.sanity.instruments import Update, apart, variant, watched
 from tinyllm.sanity.result import Result, failed, listed, passed
@@ -44,7 +44,7 @@ def decay_groups(subject: Subject) -> Result:
                 diagnosis = f"{named[id(p)]} decays by {group['weight_decay']:g}, should by {wanted:g}"
                 fix = "matrices decay by optim.weight_decay; biases and norm gains, of one dimension, do not"
                 return failed(diagnosis, "only matrices decay", diagnosis, fix)
-    muon = [p for o in state.optimizers if isinstance(o, torch.optim.Muon) for g in o.param_groups for p in g["params"]]
+    muon = [p for o in state.optimizers if isinstance(o, Muon) for g in o.param_groups for p in g["params"]]
     if outside := [named[id(p)] for p in muon if id(p) in embeddings or named[id(p)].endswith("head.weight")]:
         diagnosis = f"Muon updates {listed(outside)}: it is for the matrices between embedding and head"
         return failed(f"Muon has {listed(outside)}", "inner matrices only", diagnosis, "leave those to AdamW")

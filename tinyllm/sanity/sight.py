@@ -69,8 +69,8 @@ def wrong_rates(found: "Counter[float]", config: ModelConfig, ours: bool) -> str
         odd = highest > 0.5 >= config.dropout or (highest >= 0.4 and not config.dropout)
         return f"drops {highest:.0%} of some activations; model.dropout = {config.dropout:g}" if odd else ""
     # Inside a fused attention nobody sees it.
-    strange = set(found) - {round(rate, 6) for rate in (config.dropout, config.attn_dropout)}
-    times, places = found[round(config.dropout, 6)], 1 + 2 * config.n_layer
+    strange = set(found) - {round(rate, 4) for rate in (config.dropout, config.attn_dropout)}
+    times, places = found[round(config.dropout, 4)], 1 + 2 * config.n_layer
     if strange or (config.dropout and times < places):
         return f"drops at {dict(found)} (rate: times); model.dropout = {config.dropout:g} belongs in {places} places"
     return ""
@@ -86,9 +86,11 @@ class Rates(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name == "native_dropout":
-            self.found[round(args[1], 6)] += 1
+            self.found[round(args[1], 4)] += 1
         if name == "bernoulli_":  # its default is one half
-            self.found[round(1 - (args[1] if len(args) > 1 else 0.5), 6)] += 1
+            self.found[round(1 - (args[1] if len(args) > 1 else 0.5), 4)] += 1
+        if name == "ge" and args[0].dtype == torch.int16:  # 16 random bits a value, as the built-in model draws
+            self.found[round(args[1] / 65536 + 0.5, 4)] += 1
         return func(*args, **(kwargs or {}))
 
 
