@@ -76,7 +76,7 @@ class TokenWriter:
 
     def write(self, ids: Sequence[int] | np.ndarray, text_bytes: int) -> None:
         """Append ids, which stand for `text_bytes` bytes of text. Raises DataError for an id out of range."""
-        array = np.asarray(ids, dtype=np.int64)
+        array = np.asarray(ids)
         if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
             what = f"token ids {array.min()} to {array.max()} do not fit the vocabulary of {self.vocab_size}"
             raise DataError(what, where=str(self.path))

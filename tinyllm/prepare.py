@@ -18,7 +18,9 @@ import os
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,10 +34,12 @@ from tinyllm.baselines import Baselines, compare
 from tinyllm.config import DataConfig
 from tinyllm.data import HEADER_SIZE, Header, TokenWriter, ids_hash, open_tokens, read_header
 from tinyllm.download import Meter, Progress, watched
+from tinyllm.encoding import Encoder
 from tinyllm.errors import DataError
 from tinyllm.files import locked, write_text
+from tinyllm.process import usable_cores
 from tinyllm.sources import Input, Piece, divided, download, find_boundary, inputs, stats
-from tinyllm.tokenizer import KINDS, build, digest, encode_batch, end_of_text, to_json, token_bytes
+from tinyllm.tokenizer import KINDS, build, digest, end_of_text, to_json
 
 VERSION = 2  # of meta.json and of what is done here: a change of either prepares everything again
 FILES = ("tokenizer.json", "train.bin", "val.bin", "meta.json")  # in the order they are moved
@@ -254,11 +258,12 @@ def write_all(config: DataConfig, folder: Path) -> Generator[Progress, None, Pre
         return build(config.tokenizer, texts(meter), vocab_size=config.vocab_size, documents=boundary.marked)
 
     tokenizer = yield from watched(f"{'training' if config.tokenizer == 'bpe' else 'making'} the tokenizer", work)
-    parts = divided(config, files, boundary)
-    splits, log_prob = yield from write_tokens(parts, tokenizer, folder, config.source, text_bytes)
+    encoder, tokenizer_json = Encoder(tokenizer), to_json(tokenizer)
+    end, tokenizer_hash, vocab_size = end_of_text(tokenizer), digest(tokenizer_json), len(encoder.sizes)
+    parts = encoded(divided(config, files, boundary), encoder, end, config.source)
+    splits, log_prob = yield from write_tokens(parts, folder, vocab_size, tokenizer_hash, text_bytes)
     if splits["train"].characters + splits["val"].characters != characters:
         raise DataError("the text changed while it was being read", where=config.source, fix="prepare again")
-    vocab_size = len(token_bytes(tokenizer))
     for part in compare(open_tokens(folder / "train.bin")[0], open_tokens(folder / "val.bin")[0], vocab_size):
         if isinstance(part, Baselines):
             baselines = part
@@ -269,8 +274,8 @@ def write_all(config: DataConfig, folder: Path) -> Generator[Progress, None, Pre
         source=config.source,
         tokenizer=config.tokenizer,
         vocab_size=vocab_size,
-        tokenizer_json=to_json(tokenizer),
-        tokenizer_hash=digest(to_json(tokenizer)),
+        tokenizer_json=tokenizer_json,
+        tokenizer_hash=tokenizer_hash,
         train=splits["train"],
         val=splits["val"],
         unigram_entropy=baselines.unigram,
@@ -307,23 +312,41 @@ def batches(parts: Iterator[tuple[str, Piece]]) -> Iterator[tuple[str, list[Piec
     yield name, batch
 
 
+def encoded(
+    parts: Iterator[tuple[str, Piece]], encoder: Encoder, end: int | None, source: str
+) -> Iterator[tuple[str, list[Piece], np.ndarray]]:
+    """Pieces of one split together with their ids, in order; a few batches ahead are encoded, on all cores."""
+    mark = np.array([] if end is None else [end], dtype=np.uint32)
+
+    def ids_of(batch: list[Piece]) -> np.ndarray:
+        rows = encoder([piece.text for piece in batch], source)
+        return np.concatenate([ids for row, piece in zip(rows, batch, strict=True) for ids in (row, mark[: piece.end])])
+
+    cores = usable_cores()
+    waiting: deque[tuple[str, list[Piece], Future[np.ndarray]]] = deque()
+    with ThreadPoolExecutor(cores, "tinyllm-encoding") as pool:
+        for split, batch in batches(parts):
+            waiting.append((split, batch, pool.submit(ids_of, batch)))
+            if len(waiting) > 2 * cores:
+                split, batch, future = waiting.popleft()
+                yield split, batch, future.result()
+        for split, batch, future in waiting:
+            yield split, batch, future.result()
+
+
 def write_tokens(
-    parts: Iterator[tuple[str, Piece]], tokenizer: Tokenizer, folder: Path, source: str, total: int
+    parts: Iterator[tuple[str, list[Piece], np.ndarray]], folder: Path, vocab_size: int, tokenizer_hash: str, total: int
 ) -> Generator[Progress, None, tuple[dict[str, Split], float | None]]:
     """Write train.bin and val.bin. Returns their sizes, and the log-probability (nats) of the validation."""
-    sizes, hash = token_bytes(tokenizer), digest(to_json(tokenizer))
-    end = np.array([end_of_text(tokenizer)] if end_of_text(tokenizer) is not None else [], dtype=np.int64)
     characters, documents = {"train": 0, "val": 0}, {"train": 0, "val": 0}
     log_prob: float | None = 0.0
     with (
-        TokenWriter(folder / "train.bin", vocab_size=len(sizes), tokenizer_hash=hash) as train,
-        TokenWriter(folder / "val.bin", vocab_size=len(sizes), tokenizer_hash=hash) as val,
+        TokenWriter(folder / "train.bin", vocab_size=vocab_size, tokenizer_hash=tokenizer_hash) as train,
+        TokenWriter(folder / "val.bin", vocab_size=vocab_size, tokenizer_hash=tokenizer_hash) as val,
     ):
         writers = {"train": train, "val": val}
-        for split, batch in batches(parts):
-            rows = encode_batch(tokenizer, [piece.text for piece in batch], sizes, source)
-            ids = [ids for row, piece in zip(rows, batch, strict=True) for ids in (row, end[: piece.end])]
-            writers[split].write(np.concatenate(ids), sum(len(piece.text.encode()) for piece in batch))
+        for split, batch, ids in parts:
+            writers[split].write(ids, sum(len(piece.text.encode()) for piece in batch))
             characters[split] += sum(len(piece.text) for piece in batch)
             documents[split] += sum(piece.end for piece in batch)
             for piece in batch if split == "val" else ():

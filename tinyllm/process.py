@@ -1,4 +1,4 @@
-"""The process that we are: its standard streams, and the signals that ask it to stop.
+"""The process that we are: its standard streams, its cores, and the signals that ask it to stop.
 
 open_streams()
 with stop_on_signals(note) as stop:
@@ -24,6 +24,11 @@ def open_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show (LANG=C) is no reason to fail
         sys.stdout.reconfigure(errors="replace")
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Interrupted(BaseException):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tinyllm.config import RuntimeConfig
 from tinyllm.data import mixed
 from tinyllm.errors import RunError
+from tinyllm.process import usable_cores
 
 MOST_THREADS = 64  # a core: more can only be a slip
 
@@ -74,7 +75,8 @@ def resolve(config: RuntimeConfig) -> Runtime:
         if config.threads > MOST_THREADS * cores:  # OpenMP ends the process when it cannot have as many
             what = f"{config.threads:,} threads on {cores} cores"
             raise RunError(what, where="runtime.threads", fix="0, for as many as there are cores")
-        torch.set_num_threads(config.threads or usable_cores())
+        # torch's own choice, one thread a physical core, but no more than this process may use.
+        torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
     dtype, why_dtype = choose_dtype(config.dtype, device)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name = str(dtype).removeprefix("torch.")
@@ -114,12 +116,6 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     if ratio > 1.5:  # below that, the casts around the matrix products cost what they save
         return torch.bfloat16, f" ({ratio:.1f} times as fast here)"
     return torch.float32, " (bfloat16 is not faster here)"
-
-
-def usable_cores() -> int:
-    """torch's own choice (one thread a physical core), but no more than this process may use."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else torch.get_num_threads()
-    return max(1, min(torch.get_num_threads(), affinity))
 
 
 def bfloat16_speedup() -> float:

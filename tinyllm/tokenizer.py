@@ -205,22 +205,6 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def encode_batch(tokenizer: Tokenizer, texts: Sequence[str], sizes: np.ndarray, where: str = "") -> list[np.ndarray]:
-    """The ids of each text, (tokens,) int64, on all cores. `sizes` is token_bytes(tokenizer).
-
-    Raises TokenizerError: the library drops a character it has no token for, without a word.
-    """
-    lengths = text_lengths(texts)
-    with library("the text cannot be tokenized", where):
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    rows = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
-    for text, row, length in zip(texts, rows, lengths, strict=True):
-        # Every byte of the text is in a token; if not, it may be that a foreign tokenizer normalises.
-        if sizes[row].sum() != length:
-            refuse_unknown(tokenizer, text, where)
-    return rows
-
-
 def text_lengths(texts: Sequence[str]) -> list[int]:
     """The UTF-8 bytes of each text. Raises TokenizerError for half a surrogate pair, which has none."""
     try:
