@@ -39,6 +39,10 @@ bugs *args: install-dev
 torture *args: install-dev
     {{bin}}/python benchmarks/torture.py "$@"
 
+# How fast it is on this machine, beside a plain loop
+bench *args: install-dev
+    {{bin}}/python benchmarks/speed.py "$@"
+
 # Style and layers
 lint: install-dev
     {{bin}}/ruff check .

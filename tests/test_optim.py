@@ -187,3 +187,20 @@ def test_the_state_goes_round_by_name(name):
         assert torch.equal(parameter, first.get_parameter(n)), n
         assert torch.equal(parameter, second.get_parameter(n)), n
         assert not torch.equal(parameter, fresh.get_parameter(n)), n
+
+
+def test_muon_in_float32_is_its_formula_in_float64():
+    model = make_model("modern", zero_init=False)
+    config = OptimConfig(name="muon", muon_lr=0.1, weight_decay=0.0, muon_momentum=0.9)
+    optimizers = build_optimizers(model, config, torch.float32)
+    before = {n: p.detach().double() for n, p in model.named_parameters()}
+    give_gradients(model, seed=0)
+    step_all(optimizers)
+    for group in optimizers[0].param_groups:
+        for name, p in zip(group["names"], group["params"], strict=True):
+            x = p.grad.double()  # the first step's direction, whatever the momentum
+            u, s, v = torch.linalg.svd(x / x.norm(), full_matrices=False)
+            for _ in range(5):
+                s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+            move = -0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5 * (u * s) @ v
+            torch.testing.assert_close(p.double() - before[name], move, rtol=1e-4, atol=1e-5)

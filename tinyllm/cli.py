@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,6 +72,8 @@ def main() -> None:
     # may need: two trainings side by side on two cores were 80 times slower than one. After a shorter spin they are 4
     # times slower, and one alone at most 5 percent. libgomp reads this when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    # Or torch's profiler tells standard error of its coming and going.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         app()
     except TinyLLMError as error:
@@ -224,6 +227,29 @@ def plot_lr(
         return
     picture(curves, out)
     ui.note(f"wrote {out}")
+
+
+@app.command()
+def bench(
+    path: ConfigPath = RUN_TOML,
+    set_: Overrides = None,
+    seconds: Annotated[float, typer.Option(min=0.0, max=3600.0, help="Measure for about so long.")] = 10.0,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")] = False,
+) -> None:
+    """Measure the steps of a run on this machine, and what their time goes to; writes nothing."""
+    settings = read_config(path, set_)
+    with redirect_stdout(sys.stderr) if json_ else nullcontext():  # a model of the user's own may print
+        prepare_if_missing(settings)
+        from tinyllm.bench import bench
+        from tinyllm.engine import open_run
+
+        run = open_run(settings)
+        ui.note(run.runtime.summary)
+        found = bench(run, seconds)
+    if json_:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    ui.show_bench(found)
 
 
 @app.command()

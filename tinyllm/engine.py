@@ -135,7 +135,7 @@ def open_source(config: RunConfig, data: Prepared, end_token: int | None) -> Bat
 def new_state(run: Run) -> TrainState:
     """Fresh weights and optimizers: a function of the config alone."""
     model = new_model(run)
-    return TrainState(model, build_optimizers(model, run.config.optim))
+    return TrainState(model, build_optimizers(model, run.config.optim, run.runtime.dtype))
 
 
 def new_model(run: Run) -> nn.Module:
@@ -301,12 +301,17 @@ def eval_rows(run: Run) -> int:
 
 @torch.no_grad()
 def evaluate(
-    run: Run, model: nn.Module, split: str, n_windows: int | None = None, should_stop: Stop = lambda: False
+    run: Run,
+    model: nn.Module,
+    split: str,
+    n_windows: int | None = None,
+    should_stop: Stop = lambda: False,
+    rows: int = 0,
 ) -> Evaluation | None:
     """Loss on fixed windows of a split ("train" or "val"); see BatchSource.eval_batches for which.
 
-    Draws nothing from any random generator and leaves the model's mode as it was. None if asked to stop. Raises
-    RunError when the loss is not finite.
+    `rows` of them a forward pass; 0: as many as are quick. Draws nothing from any random generator and leaves the
+    model's mode as it was. None if asked to stop. Raises RunError when the loss is not finite.
     """
     n_windows = run.config.train.eval_windows if n_windows is None else n_windows
     was_training = model.training
@@ -314,7 +319,7 @@ def evaluate(
     nats = torch.zeros((), dtype=torch.float64)
     count = text_bytes = 0
     try:
-        for inputs, targets in run.source.eval_batches(split, n_windows, eval_rows(run)):
+        for inputs, targets in run.source.eval_batches(split, n_windows, rows or eval_rows(run)):
             if should_stop():
                 return None
             with run.runtime.autocast():

@@ -7,6 +7,7 @@ Each sample is a pure function of (weights, prompt, settings, seed, its index): 
 sample i comes from a counter, so asking for more samples, or for other lengths, changes none of the others.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,23 +82,48 @@ def generate(
 def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     """Next ids (N,), int64, on the CPU, from logits (N, V) and uniform draws (N,) in [0, 1).
 
-    Tokens are put in the order of their probability, so that top-k and top-p both keep a first part of it; the draw,
-    stretched to the mass of that part, picks from its cumulative distribution (inversion).
+    A draw, stretched to the mass of the tokens that are kept, picks from their cumulative distribution (inversion): in
+    the order of their ids if all are kept, else in that of their probability, so that top-k and top-p both keep a first
+    part of it.
     """
     logits = logits.cpu().double()
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # nothing overflows at the smallest temperature
-    ordered, ids = (logits / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    scaled = logits / sampling.temperature
+    if not sampling.top_k and sampling.top_p >= 1:
+        return pick(scaled.softmax(-1).cumsum(-1), draws)
+    ids = likeliest(scaled, sampling)
+    ordered, places = scaled.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    ids, of_all = ids.gather(1, places), scaled
     if sampling.top_k:
         ordered, ids = ordered[:, : sampling.top_k], ids[:, : sampling.top_k]
-    cumulative = ordered.softmax(-1).cumsum(-1)
+        of_all = ordered
+    cumulative = (ordered - of_all.logsumexp(-1, keepdim=True)).exp().cumsum(-1)
     # A token stays if the ones before it have not reached top_p; the first does even for 0.
     before = torch.cat((torch.zeros_like(cumulative[:, :1]), cumulative[:, :-1]), dim=1)
     kept = (before < sampling.top_p).sum(-1, keepdim=True).clamp(min=1)
     mass = cumulative.gather(1, kept - 1)
-    picked = torch.searchsorted(cumulative, draws[:, None] * mass, right=True).minimum(kept - 1)
-    return ids.gather(1, picked)[:, 0]
+    return ids.gather(1, pick(cumulative.minimum(mass), draws)[:, None])[:, 0]
+
+
+def pick(cumulative: Tensor, draws: Tensor) -> Tensor:
+    """Where draws (N,), stretched to the mass, fall in rows (N, k) that rise to their mass, (N,)."""
+    mass = cumulative[:, -1:].contiguous()
+    last = torch.searchsorted(cumulative, mass)  # whatever comes after it has no probability
+    return torch.searchsorted(cumulative, draws[:, None] * mass, right=True).minimum(last)[:, 0]
+
+
+def likeliest(scaled: Tensor, sampling: Sampling) -> Tensor:
+    """Ids, in ascending order, among which are all that top-k and top-p can keep, (N, some): few need to be sorted."""
+    size = scaled.shape[-1]
+    if 0 < sampling.top_k < size:
+        least = scaled.topk(sampling.top_k).values[:, -1:]  # those that are equal to the last stay, too
+    else:  # all that are less likely than this have, together, less than the mass that is left out
+        left_out = max(1 - sampling.top_p, 0.0) / size
+        least = scaled.logsumexp(-1, keepdim=True) + (math.log(left_out) if left_out else -math.inf)
+    count = int((scaled >= least).sum(-1).amax().clamp(min=1))
+    return scaled.topk(count).indices.sort(-1).values
 
 
 class Speaker:

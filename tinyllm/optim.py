@@ -133,8 +133,8 @@ class Muon:
 
     parts = ("momentum_buffer",)
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float) -> None:
-        self.param_groups, self.momentum = groups, momentum
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.param_groups, self.momentum, self.dtype = groups, momentum, dtype
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class Muon:
                 averages = [self.state_of(p)["momentum_buffer"] for p in matrices]
                 torch._foreach_lerp_(averages, grads, 1 - self.momentum)
                 nesterov = torch._foreach_lerp(grads, averages, self.momentum)
-                moves = orthogonal(torch.stack(nesterov)).to(grads[0].dtype)
+                moves = orthogonal(torch.stack(nesterov).to(self.dtype)).to(grads[0].dtype)
                 rows, columns = matrices[0].shape
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(matrices, moves.unbind(), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
@@ -170,14 +170,13 @@ def stacks(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (n, rows, columns) with all singular values brought to 0.7-1.2, in bfloat16.
+    """Matrices (n, rows, columns) with all singular values brought to 0.7-1.2.
 
     Five Newton-Schulz iterations X <- a X + b (X X^T) X + c (X X^T)^2 X.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
-    wide = x.shape[1] <= x.shape[2]
-    x = x if wide else x.mT
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]  # no singular value is above one
     for _ in range(5):
         gram = x @ x.mT
@@ -188,8 +187,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
 Optimizers = list[AdamW | Muon]
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
-    """AdamW over its groups, and for `muon` a Muon over the matrices inside the blocks."""
+def build_optimizers(model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.bfloat16) -> Optimizers:
+    """AdamW over its groups, and for `muon` a Muon over the matrices inside the blocks, which multiplies in `dtype`."""
     groups = parameter_groups(model, config)
     as_dicts = {
         group.name: {
@@ -203,7 +202,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
     }
     optimizers: Optimizers = []
     if muon := as_dicts.pop("muon", None):
-        optimizers.append(Muon([muon], config.muon_momentum))
+        optimizers.append(Muon([muon], config.muon_momentum, dtype))
     if as_dicts:  # a model of one's own may be nothing but matrices
         optimizers.append(AdamW(list(as_dicts.values()), config.betas, config.eps))
     return optimizers

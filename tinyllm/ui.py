@@ -17,9 +17,10 @@ from tinyllm import __version__
 from tinyllm.errors import TinyLLMError, typed
 from tinyllm.events import Evaluated, Evaluation, Event, Finished, Note, Saved, SaveFailed, StepDone, Stopped
 from tinyllm.examples import Example
-from tinyllm.numbers import amount
+from tinyllm.numbers import amount, lasting, size_of
 
 if TYPE_CHECKING:  # these import NumPy, some of them torch, which `--help` must not wait for
+    from tinyllm.bench import Bench
     from tinyllm.engine import Run
     from tinyllm.optim import ParameterGroup
     from tinyllm.plot import Curve
@@ -326,6 +327,27 @@ def show_chart(curves: "Sequence[Curve]") -> None:
     for line in text_chart(curves, width=size[0], height=size[1], encoding=out.encoding):
         styles = ("" if span.curve is None else CURVE_STYLES[span.curve % len(CURVE_STYLES)] for span in line)
         out.print(Text.assemble(*((span.text, style) for span, style in zip(line, styles, strict=True))))
+
+
+# ---- bench ----
+
+
+def show_bench(found: "Bench") -> None:
+    """The step in figures, and its parts as bars."""
+    out = stdout()
+    spread = f"{lasting(found.quickest_seconds)} to {lasting(found.slowest_seconds)}, {plural(found.steps, 'step')}"
+    out.print(Text.assemble(("a step  ", "bold"), f"{lasting(found.step_seconds)} ({spread})"))
+    out.print(Text.assemble(("speed   ", "bold"), f"{amount(found.tokens_a_second, 'tokens')} a second"))
+    of_peak = f"{found.share_of_peak:.0%} of the {amount(found.matmul_rate, 'FLOP/s')} of a large matrix product here"
+    out.print(Text.assemble(("rate    ", "bold"), f"{amount(found.flops_a_second, 'FLOP/s')}, {of_peak}"))
+    if found.peak_bytes is not None:
+        out.print(Text.assemble(("memory  ", "bold"), f"{size_of(found.peak_bytes)} at its peak"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    largest = max(found.parts.values(), default=1.0)
+    for kind, share in found.parts.items():
+        table.add_row(kind, f"{share:.0%}".rjust(4), Text("█" * round(30 * share / largest), style="cyan"))
+    out.print()
+    out.print(table)
 
 
 # ---- sample ----

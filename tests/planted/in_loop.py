@@ -40,8 +40,8 @@ BUGS = [
         "evaluation",
         (
             "engine.py",
-            "run.source.eval_batches(split, n_windows, eval_rows(run))",
-            'run.source.eval_batches("train", n_windows, eval_rows(run))',
+            "run.source.eval_batches(split, n_windows, rows or eval_rows(run))",
+            'run.source.eval_batches("train", n_windows, rows or eval_rows(run))',
         ),
     ),
     bug(
@@ -378,7 +378,7 @@ BUGS = [
         "temperature upside down",
         "times for divided by",
         "generation",
-        ("generate.py", "(logits / sampling.temperature)", "(logits * sampling.temperature)"),
+        ("generate.py", "scaled = logits / sampling", "scaled = logits * sampling"),
     ),
     bug(
         "the older half is kept",

@@ -334,8 +334,8 @@ BUGS = [
         ("decay groups", "weights move"),
         (
             "engine.py",
-            "build_optimizers(model, run.config.optim))",
-            "build_optimizers(__import__('copy').deepcopy(model), run.config.optim))",
+            "build_optimizers(model, run.config.optim, run.runtime.dtype))",
+            "build_optimizers(__import__('copy').deepcopy(model), run.config.optim, run.runtime.dtype))",
         ),
     ),
     bug(
@@ -344,7 +344,7 @@ BUGS = [
         ("decay groups", "weights move"),
         (
             "engine.py",
-            "    return TrainState(model, build_optimizers(model, run.config.optim))\n",
+            "    return TrainState(model, build_optimizers(model, run.config.optim, run.runtime.dtype))\n",
             "    state = TrainState(model, build_optimizers(model, run.config.optim))\n"
             "    model.norm.weight = nn.Parameter(model.norm.weight.detach().clone())\n"
             "    return state\n",
@@ -465,7 +465,7 @@ BUGS = [
         "Muon's own momentum",
         "muon_momentum is read, and not passed on",
         "optimizer",
-        ("optim.py", "Muon([muon], config.muon_momentum)", "Muon([muon], 0.95)"),
+        ("optim.py", "Muon([muon], config.muon_momentum", "Muon([muon], 0.95"),
         set=("optim.name=muon", "optim.muon_lr=0.01", "optim.muon_momentum=0.8"),
     ),
     bug(

@@ -52,7 +52,8 @@ class Subject:
         model = copy.deepcopy(self.fresh)
         if woken:
             wake(model)
-        return TrainState(model, build_optimizers(model, (run or self.exact).config.optim))
+        run = run or self.exact
+        return TrainState(model, build_optimizers(model, run.config.optim, run.runtime.dtype))
 
     @cached_property
     def own(self) -> nn.Module:
@@ -62,7 +63,7 @@ class Subject:
     def own_state(self, run: Run) -> TrainState:
         """A copy of that, woken, with optimizers of its own."""
         model = wake(copy.deepcopy(self.own))
-        return TrainState(model, build_optimizers(model, run.config.optim))
+        return TrainState(model, build_optimizers(model, run.config.optim, run.runtime.dtype))
 
     @cached_property
     def woken(self) -> nn.Module:
