@@ -106,9 +106,12 @@ def test_what_is_left_to_the_library():
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     for tokenizer in (unreachable, disordered, normalised, whole_texts, added, words):
         assert Encoder(tokenizer).quick is None
-    hasty = json.loads(tok.to_json(plain))
-    hasty["model"]["dropout"] = 0.1
-    assert Encoder(tok.from_json(json.dumps(hasty))).quick is None
+    letters = tok.build("char", ["ab"], vocab_size=0, documents=False)
+    for tokenizer in (plain, letters):
+        for name, value in {"dropout": 0.1, "unk_token": "a", "continuing_subword_prefix": "b"}.items():
+            parts = json.loads(tok.to_json(tokenizer))
+            parts["model"][name] = value
+            assert Encoder(Tokenizer.from_str(json.dumps(parts))).quick is None
 
 
 def test_the_first_unknown_character_is_named():

@@ -1,5 +1,6 @@
 """Preparing data: the splits, the figures against slow references, and what happens when it is cut short."""
 
+import itertools
 import json
 import math
 import os
@@ -180,6 +181,22 @@ def test_losses_and_overlap_against_slow_counting(monkeypatch, vocab_size):
     seen = {tuple(train[i : i + 64].tolist()) for i in range(len(train) - 63)}
     windows = [tuple(val[i : i + 64].tolist()) for i in range(0, len(val) - 63, 64)]
     assert overlap == sum(w in seen for w in windows) / len(windows) == 0.75
+
+
+def test_the_pairs_of_a_long_text_are_those_of_every_nth_chunk(monkeypatch):
+    monkeypatch.setattr(baselines, "CHUNK", 128)
+    monkeypatch.setattr(baselines, "PAIRS", 1000)
+    rng = np.random.default_rng(5)
+    train, val = rng.integers(0, 9, 2950) * rng.integers(0, 2, 2950), rng.integers(0, 9, 200)
+    _, bigram, _ = figures(train, val, 9)
+
+    counted = [train[start : start + 129].tolist() for start in range(0, 2950, 3 * 128)]  # and what follows each
+    firsts = Counter(token for chunk in counted for token in chunk[:128])
+    pairs = Counter(pair for chunk in counted for pair in itertools.pairwise(chunk))
+    counts = Counter(train.tolist())
+    p, k = {t: (counts[t] + 1) / (len(train) + 9) for t in range(9)}, baselines.PRIOR
+    losses = [-math.log((pairs[a, b] + k * p[b]) / (firsts[a] + k)) for a, b in itertools.pairwise(val.tolist())]
+    assert bigram == pytest.approx(sum(losses) / len(losses))
 
 
 def test_figures_by_hand():

@@ -21,6 +21,7 @@ Encode = Callable[[str], np.ndarray]
 # GPT-2's words (Radford et al. 2019, `encoder.py`), written so that a long run of one kind takes no stack.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPECIALTIES = ("dropout", "unk_token", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
 NO_CHARACTER = np.uint32(0xFFFFFFFF)
 
 
@@ -49,11 +50,12 @@ class Encoder:
     def quickest(self) -> Encode | None:
         """The quickest way that gives the same ids; None for the library itself."""
         parts = json.loads(to_json(self.tokenizer))
-        if parts["normalizer"] or parts["model"]["type"] != "BPE":
+        model = parts["model"]
+        if parts["normalizer"] or model["type"] != "BPE" or any(model.get(name) for name in SPECIALTIES):
             return None
         if not all(token["special"] for token in parts["added_tokens"]):  # they are found in a text before all else
             return None
-        return as_table(parts) if not parts["model"]["merges"] else as_tiktoken(self.tokenizer, parts)
+        return as_tiktoken(self.tokenizer, parts) if model["merges"] else as_table(parts)
 
 
 def as_table(parts: dict[str, Any]) -> Encode | None:
@@ -84,9 +86,7 @@ def as_tiktoken(tokenizer: Tokenizer, parts: dict[str, Any]) -> Encode | None:
     that its last two parts are those of its merge.
     """
     model, added = parts["model"], {token["content"]: token["id"] for token in parts["added_tokens"]}
-    plain = not (model["dropout"] or model["unk_token"] or model["byte_fallback"])
-    plain = plain and not (model["continuing_subword_prefix"] or model["end_of_word_suffix"])
-    if not plain or parts["pre_tokenizer"] != GPT2_WORDS:
+    if parts["pre_tokenizer"] != GPT2_WORDS:
         return None
     symbols = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     vocab = {token: id for token, id in model["vocab"].items() if token not in added}

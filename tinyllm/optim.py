@@ -84,7 +84,7 @@ def head_of(model: nn.Module) -> nn.Linear | None:
 class AdamW:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) by torch's fused kernel, which CPU, CUDA and MPS have.
 
-    Like torch.optim.AdamW, whose function it calls, but its import does not bring the compiler's second along.
+    The function of torch.optim.AdamW; that class imports the compiler, which takes a second of every start.
     """
 
     parts = ("step", "exp_avg", "exp_avg_sq")  # what it remembers of a parameter: tensors of its shape, but the first
@@ -127,8 +127,8 @@ class AdamW:
 class Muon:
     """Muon (Jordan et al. 2024): momentum whose singular values are all brought near one, for matrices.
 
-    The formula of torch.optim.Muon; matrices of one shape go through it together, which for those of a small model
-    takes a quarter of the time.
+    The formula of torch.optim.Muon, but matrices of one shape go through it together: those of a small model are done
+    sooner than asked for one by one.
     """
 
     parts = ("momentum_buffer",)
@@ -165,7 +165,7 @@ def stacks(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
         return p.shape, str(p.dtype)
 
     for (shape, _), alike in groupby(sorted(matrices, key=kind), key=kind):
-        rest, size = list(alike), max(1, STACK // shape.numel())
+        rest, size = list(alike), max(1, STACK // max(1, shape.numel()))
         yield from (rest[first : first + size] for first in range(0, len(rest), size))
 
 
