@@ -110,7 +110,8 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
 def pick(cumulative: Tensor, draws: Tensor) -> Tensor:
     """Where draws (N,), stretched to the mass, fall in rows (N, k) that rise to their mass, (N,)."""
     mass = cumulative[:, -1:].contiguous()
-    last = torch.searchsorted(cumulative, mass)  # whatever comes after it has no probability
+    # Whatever comes after it has no probability; of weights that are not numbers nothing has.
+    last = torch.searchsorted(cumulative, mass).clamp(max=cumulative.shape[1] - 1)
     return torch.searchsorted(cumulative, draws[:, None] * mass, right=True).minimum(last)[:, 0]
 
 
