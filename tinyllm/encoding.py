@@ -4,7 +4,7 @@
     encode(["Once upon a time", "The end"])            # one array of ids each, uint32
 
 A byte-level BPE that cuts words as GPT-2 does goes through tiktoken, where its ids are sure to be the same (see
-`as_tiktoken`): that is five times as fast as the tokenizers library. Characters and bytes go through a table, and all
+`as_tiktoken`): that is four times as fast as the tokenizers library. Characters and bytes go through a table, and all
 others through the library.
 """
 
