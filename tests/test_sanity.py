@@ -294,3 +294,10 @@ def test_results_are_plain():
     result = Result("pass", "1")
     assert dataclasses.asdict(result)["verdict"] == "pass"
     assert not math.isnan(result.seconds)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.12345, 0.2, 0.33335, 0.49995])
+def test_no_rate_of_dropout_is_suspected(make_run, rate):
+    """The built-in model rounds it to a multiple of 2^-16."""
+    (result,) = sanity.sanity(make_run(f"model.dropout={rate}"), select(only=["dropout"]))
+    assert result.verdict == "pass", result.diagnosis
