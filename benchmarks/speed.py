@@ -28,6 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {"cpu": "shakespeare-cpu", "char": "shakespeare-char"}  # of textbook.py's sizes
+THE_SAME = ["model.bias=false"]  # as nanoGPT's models are
 STEPS = {"cpu": 60, "char": 3}
 TOKENS = 500
 MEGABYTES = 200
@@ -214,7 +215,7 @@ def prepared(folder: Path, text: Path, size: str) -> list[str]:
 
 
 def of_text(folder: Path, text: Path) -> list[str]:
-    return [f"data.source={text}", f"data.dir={folder}/data"]
+    return [f"data.source={text}", f"data.dir={folder}/data", *THE_SAME]
 
 
 def sets(values: Sequence[str]) -> list[str]:

@@ -645,7 +645,7 @@ def test_tables_of_positions_are_compared_too(make_run):
     run = make_run(recipe="modern")
     checkpoint = snapshot(run, new_state(run))
     ckpt.check_sizes(checkpoint, run.config.model.model_copy(update={"block_size": 10**5}))
-    with pytest.raises(CheckpointError, match="= 100,000,000 takes 3,200,000,000 bytes for positions alone"):
+    with pytest.raises(CheckpointError, match="= 100,000,000 takes 6,400,000,000 bytes for positions alone"):
         ckpt.check_sizes(checkpoint, run.config.model.model_copy(update={"block_size": 10**8}))
 
 

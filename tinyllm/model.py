@@ -15,6 +15,7 @@ residual projections.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ from tinyllm.config import ModelConfig
 
 INIT_STD = 0.02  # GPT-2
 ROPE_BASE = 10_000.0
+BY_PRODUCTS = 1024  # tokens: attention weights beyond that would take more memory than all the rest of a layer
 
 
 class Linear(nn.Linear):
@@ -41,9 +43,16 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, with its gains in the type of what it norms: for two types it has no quick form, and warns of that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=1e-6)
+        return RMSNorm(config.n_embd, eps=1e-6)
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
@@ -59,25 +68,42 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: "KVCache | None", layer: int) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        H, D = self.n_head, C // self.n_head
+        qk, v = self.qkv(x).view(B, T, 3 * H, D).split((2 * H, H), dim=2)  # queries and keys go one way together
         if self.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+            qk = F.rms_norm(qk, (D,))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            qk = rotate(qk, *rope)
+        q, k, v = (y.transpose(1, 2) for y in (*qk.chunk(2, dim=2), v))  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, self.attn_dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Attention of queries (B, H, T, D) to keys and values (B, H, S, D): causal for T > 1; one query sees all S."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-        # The backward pass of the fused kernel is 2 to 8 times slower in bfloat16 than in float32 on a CPU
-        # (torch 2.13), more than all matrix products of a small model together.
-        with torch.autocast("cpu", enabled=False):
-            return attend(q.float(), k.float(), v.float(), dropout)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, dropout_p=dropout)
+def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Attention of queries (B, H, T, D) to keys and values (B, H, S, D): causal for T > 1; one query sees all S.
+
+    Weights are dropped with probability p.
+    """
+    T = q.shape[2]
+    if T <= BY_PRODUCTS and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        return attend_by_products(q, k, v, p)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=p)
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """The same, written out, with S = T: each (B, H, T, D).
+
+    To train in bfloat16 on a CPU: the backward pass of torch's fused kernel leaves the matrix units idle there, and
+    takes four times as long (torch 2.13). The price is memory, (B, H, T, T) of it.
+    """
+    B, H, T, D = q.shape
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    ahead = q.new_full((T, T), -math.inf).triu_(1)
+    with torch.autocast("cpu", enabled=False):  # which would take the softmax to float32
+        scores = torch.baddbmm(ahead, q, k.mT, alpha=1 / math.sqrt(D))
+        return torch.bmm(dropout(scores.softmax(-1), p, training=True), v).unflatten(0, (B, H))
 
 
 class MLP(nn.Module):
@@ -128,11 +154,12 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """
     if not (training and p):
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     dropped = min(round(p * 65536), 65535)  # of so many
-    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)
-    kept = draws[: x.numel()].view(x.shape) >= dropped - 32768
+    seed = int(torch.empty((), dtype=torch.int64).random_())  # what torch's generator is seeded with decides all
+    draws = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16))
+    kept = draws.ge_(dropped - 32768)[: x.numel()].view(x.shape)  # as 0 and 1
     return x * kept.to(x.dtype).mul_(65536 / (65536 - dropped))
 
 
@@ -160,12 +187,13 @@ class GPT(nn.Module):
         """
         T = tokens.shape[1]
         start = 0 if cache is None else cache.length
-        x = self.wte(tokens)
-        rope = None
+        x, rope = self.wte(tokens), None
         if self.wpe is not None:
             x = x + self.wpe.weight[start : start + T]
-        else:
-            rope = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
+        if torch.is_autocast_enabled(x.device.type):  # the stream too: half the bytes, no casts at norms and sums
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.wpe is None:
+            rope = tuple(table[start : start + T].to(x.dtype) for table in (self.rope_cos, self.rope_sin))
         x = dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, cache, layer)
@@ -195,17 +223,19 @@ class KVCache:
 
 
 def rope_tables(block_size: int, head_size: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, each (block_size, head_size / 2), float32 (Su et al. 2021, eq. 15)."""
+    """What `rotate` takes: cos and +-sin of position x frequency, each (block_size, 1, D), float32 (Su et al. 2021)."""
     frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-    angles = torch.outer(torch.arange(block_size, dtype=torch.float64), frequencies)
-    return angles.cos().float(), angles.sin().float()
+    angles = torch.outer(torch.arange(block_size, dtype=torch.float64), frequencies)[:, None]
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + D/2]) of (B, H, T, D) by their position's angles (T, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    """Rotate the pairs (x[i], x[i + D/2]) of (B, T, N, D) by their position's angles, (T, 1, D) each.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin): x cos + (b, a)(-sin, sin).
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 @torch.no_grad()

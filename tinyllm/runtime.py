@@ -141,7 +141,7 @@ def keep_freed_memory() -> None:
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 1 << 30)
-        libc.mallopt(-1, (1 << 31) - 1)
+        libc.mallopt(-1, -1)
 
 
 def seed_dropout(seed: int, step: int, micro_step: int) -> None:

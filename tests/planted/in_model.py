@@ -146,20 +146,20 @@ BUGS = [
         "the embedding is detached",
         "the tied table learns from the output side only",
         ("gradient reach", "gradient", "formula"),
-        ("model.py", "x = self.wte(tokens)\n", "x = self.wte(tokens).detach()\n"),
+        ("model.py", "x, rope = self.wte(tokens), None\n", "x, rope = self.wte(tokens).detach(), None\n"),
     ),
     # ---- Formula ----
     bug(
         "no causal mask",
         "is_causal forgotten",
         ("formula", "causal mask"),
-        ("model.py", "is_causal=q.shape[2] > 1", "is_causal=False"),
+        ("model.py", "is_causal=T > 1", "is_causal=False"),
     ),
     bug(
         "attention scale missing",
         "scale=1",
         ("formula", "attention scale"),
-        ("model.py", "dropout_p=dropout)", "dropout_p=dropout, scale=1.0)"),
+        ("model.py", "dropout_p=p)", "dropout_p=p, scale=1.0)"),
     ),
     bug(
         "heads mixed by view",
@@ -167,8 +167,8 @@ BUGS = [
         ("formula", "causal mask", "batch rows"),
         (
             "model.py",
-            ".view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)",
-            ".view(B, 3, self.n_head, T, C // self.n_head).unbind(1)",
+            ".view(B, T, 3 * H, D).split(",
+            ".view(B, 3 * H, T, D).transpose(1, 2).split(",
         ),
     ),
     bug(
@@ -238,7 +238,11 @@ BUGS = [
         "rotary on the queries only",
         "the keys forgotten",
         "formula",
-        ("model.py", "q, k = rotate(q, *rope), rotate(k, *rope)", "q = rotate(q, *rope)"),
+        (
+            "model.py",
+            "qk = rotate(qk, *rope)",
+            "qk = torch.cat((rotate(qk[:, :, :H], *rope), qk[:, :, H:]), dim=2)",
+        ),
         set=MODERN,
     ),
     bug(
@@ -247,8 +251,8 @@ BUGS = [
         "formula",
         (
             "model.py",
-            "q, k = rotate(q, *rope), rotate(k, *rope)",
-            "q, k, v = rotate(q, *rope), rotate(k, *rope), rotate(v, *rope)",
+            "qk = rotate(qk, *rope)",
+            "qk, v = rotate(qk, *rope), rotate(v, *rope)",
         ),
         set=MODERN,
     ),
@@ -256,7 +260,7 @@ BUGS = [
         "rotary with a wrong sign",
         "not a rotation any more",
         "formula",
-        ("model.py", "a * cos - b * sin, a * sin + b * cos", "a * cos - b * sin, b * cos - a * sin"),
+        ("model.py", "torch.cat((-sin, sin), dim=-1)", "torch.cat((-sin, -sin), dim=-1)"),
         set=MODERN,
     ),
     bug(
@@ -276,8 +280,8 @@ BUGS = [
         "formula",
         (
             "model.py",
-            "q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])",
-            "q = F.rms_norm(q, q.shape[-1:])",
+            "qk = F.rms_norm(qk, (D,))",
+            "qk = torch.cat((F.rms_norm(qk[:, :, :H], (D,)), qk[:, :, H:]), dim=2)",
         ),
         set=MODERN,
     ),
@@ -348,8 +352,8 @@ BUGS = [
         "generation",
         (
             "model.py",
-            "rope = self.rope_cos[start : start + T], self.rope_sin[start : start + T]",
-            "rope = self.rope_cos[:T], self.rope_sin[:T]",
+            "table[start : start + T].to(",
+            "table[:T].to(",
         ),
         set=MODERN,
     ),
@@ -370,13 +374,15 @@ BUGS = [
         (
             "model.py",
             "        if rope is not None:\n"
-            "            q, k = rotate(q, *rope), rotate(k, *rope)\n"
+            "            qk = rotate(qk, *rope)\n"
+            "        q, k, v = (y.transpose(1, 2) for y in (*qk.chunk(2, dim=2), v))  # each (B, H, T, D)\n"
             "        if cache is not None:\n"
             "            k, v = cache.append(layer, k, v)\n",
+            "        q, k, v = (y.transpose(1, 2) for y in (*qk.chunk(2, dim=2), v))  # each (B, H, T, D)\n"
             "        if cache is not None:\n"
             "            k, v = cache.append(layer, k, v)\n"
             "        if rope is not None:\n"
-            "            q, k = rotate(q, *rope), rotate(k, *rope)\n",
+            "            q, k = (rotate(y.transpose(1, 2), *rope).transpose(1, 2) for y in (q, k))\n",
         ),
         set=MODERN,
     ),

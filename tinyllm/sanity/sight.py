@@ -91,7 +91,7 @@ class Rates(TorchDispatchMode):
             self.found[round(args[1], 6)] += 1
         if name == "bernoulli_":  # its default is one half
             self.found[round(1 - (args[1] if len(args) > 1 else 0.5), 6)] += 1
-        if name == "ge" and args[0].dtype == torch.int16:  # 16 random bits a value, as the built-in model draws
+        if name == "ge_" and args[0].dtype == torch.int16:  # 16 random bits a value, as the built-in model draws
             self.found[round(args[1] / 65536 + 0.5, 6)] += 1
         return func(*args, **(kwargs or {}))
 
