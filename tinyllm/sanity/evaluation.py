@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tinyllm.data import IGNORED, BatchSource
 from tinyllm.engine import Run, TrainState, evaluate, evaluate_both, train_step
-from tinyllm.runtime import compiled
+from tinyllm.runtime import compiled, seed_torch
 from tinyllm.sanity.data import locate
 from tinyllm.sanity.instruments import (
     apart,
@@ -59,7 +59,7 @@ def outputs_of_step(subject: Subject, run: Run, step: int, disturb: int) -> Tens
     """The model's outputs in the two micro-batches of a step, which get the same tokens, (2, B, T, V)."""
     state = subject.own_state(run)
     state.step = step
-    torch.manual_seed(disturb)  # what was drawn before must not matter
+    seed_torch(disturb)  # what was drawn before must not matter
     inputs, targets = (np.concatenate([a[: ROWS // 2]] * 2) for a in subject.batch)
     with called(state.model) as calls:
         train_step(run, state, (inputs, targets))

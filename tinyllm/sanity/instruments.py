@@ -29,6 +29,7 @@ from tinyllm.config import RunConfig
 from tinyllm.data import HEADER_SIZE, IGNORED, read_header
 from tinyllm.engine import Run, TrainState
 from tinyllm.optim import AdamW, Muon
+from tinyllm.runtime import seed_torch
 
 
 def variant(run: Run, changes: Mapping[str, Mapping[str, Any]]) -> Run:
@@ -91,7 +92,7 @@ def wake(model: nn.Module) -> nn.Module:
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """Logits (B, T, V) without autograd. Whatever the model draws, it draws the same each time."""
     with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
+        seed_torch(0)
         random.seed(0)  # `sanity` gives these two their states back
         np.random.seed(0)
         return model(tokens)
@@ -109,7 +110,7 @@ def reference_gradients(model: nn.Module, inputs: Tensor, targets: Tensor) -> di
     """Gradient of the mean cross-entropy of a batch, by parameter name; zero where there is none."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        seed_torch(0)
         loss = cross_entropy(model(inputs), targets)
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tinyllm import engine
 from tinyllm.data import IGNORED
+from tinyllm.runtime import seed_torch
 from tinyllm.sanity.instruments import calls_of, cross_entropy, reference_gradients, unnumbered
 from tinyllm.sanity.result import Result, failed, listed, passed, warned
 from tinyllm.sanity.subject import Subject
@@ -185,5 +186,5 @@ class Slopes:
 
     def loss(self) -> float:
         with torch.random.fork_rng():
-            torch.manual_seed(0)
+            seed_torch(0)
             return float(cross_entropy(self.model(self.inputs), self.targets))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyllm.config import ModelConfig
+from tinyllm.runtime import seed_torch
 from tinyllm.sanity.instruments import calls_of, dropouts, logits_of, reference_gradients, relative, wake
 from tinyllm.sanity.model import is_ours
 from tinyllm.sanity.result import Result, failed, listed, passed, skipped, warned
@@ -58,7 +59,7 @@ def is_random(model: nn.Module, tokens: Tensor) -> bool:
     outputs = []
     for seed in (1, 2):
         with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(seed)
+            seed_torch(seed)
             outputs.append(model(tokens))
     return not torch.equal(*outputs)
 
