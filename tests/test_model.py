@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinyllm.config import ModelConfig, check
-from tinyllm.model import GPT, KVCache, attend, dropout, init_weights, rope_tables, rotate
+from tinyllm.fast import dropout
+from tinyllm.model import GPT, KVCache, attend, init_weights, rope_tables, rotate
 
 V = 31
 

@@ -15,12 +15,12 @@ residual projections.
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyllm.config import ModelConfig
+from tinyllm.fast import attend_by_products, dropout, relu2, rms_norm
 
 INIT_STD = 0.02  # GPT-2
 ROPE_BASE = 10_000.0
@@ -44,10 +44,10 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, with its gains in the type of what it norms: for two types it has no quick form, and warns of that."""
+    """torch's, done faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         H, D = self.n_head, C // self.n_head
         qk, v = self.qkv(x).view(B, T, 3 * H, D).split((2 * H, H), dim=2)  # queries and keys go one way together
         if self.qk_norm:
-            qk = F.rms_norm(qk, (D,))
+            qk = rms_norm(qk)
         if rope is not None:
             qk = rotate(qk, *rope)
         q, k, v = (y.transpose(1, 2) for y in (*qk.chunk(2, dim=2), v))  # each (B, H, T, D)
@@ -90,20 +90,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     if T <= BY_PRODUCTS and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
         return attend_by_products(q, k, v, p)
     return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=p)
-
-
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """The same, written out, with S = T: each (B, H, T, D).
-
-    To train in bfloat16 on a CPU: the backward pass of torch's fused kernel leaves the matrix units idle there, and
-    takes four times as long (torch 2.13). The price is memory, (B, H, T, T) of it.
-    """
-    B, H, T, D = q.shape
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    ahead = q.new_full((T, T), -math.inf).triu_(1)
-    with torch.autocast("cpu", enabled=False):  # which would take the softmax to float32
-        scores = torch.baddbmm(ahead, q, k.mT, alpha=1 / math.sqrt(D))
-        return torch.bmm(dropout(scores.softmax(-1), p, training=True), v).unflatten(0, (B, H))
 
 
 class MLP(nn.Module):
@@ -125,7 +111,7 @@ class MLP(nn.Module):
             case "gelu_tanh":
                 x = F.gelu(x, approximate="tanh")
             case "relu2":
-                x = F.relu(x).square()
+                x = relu2(x)
             case "swiglu":
                 gate, up = x.chunk(2, dim=-1)
                 x = F.silu(gate) * up
@@ -144,23 +130,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: "KVCache | None", layer: int) -> Tensor:
         x = x + dropout(self.attn(self.norm_1(x), rope, cache, layer), self.dropout, self.training)
         return x + dropout(self.mlp(self.norm_2(x)), self.dropout, self.training)
-
-
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zero each value with probability p and scale the others by 1 / (1 - p) (Srivastava et al. 2014).
-
-    On a CPU torch draws a mask number by number, which takes five times as long as this: 16 random bits a value, four
-    values a draw. So p is rounded to a multiple of 2^-16.
-    """
-    if not (training and p):
-        return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    dropped = min(round(p * 65536), 65535)  # of so many
-    seed = int(torch.empty((), dtype=torch.int64).random_())  # what torch's generator is seeded with decides all
-    draws = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16))
-    kept = draws.ge_(dropped - 32768)[: x.numel()].view(x.shape)  # as 0 and 1
-    return x * kept.to(x.dtype).mul_(65536 / (65536 - dropped))
 
 
 class GPT(nn.Module):

@@ -280,8 +280,8 @@ BUGS = [
         "formula",
         (
             "model.py",
-            "qk = F.rms_norm(qk, (D,))",
-            "qk = torch.cat((F.rms_norm(qk[:, :, :H], (D,)), qk[:, :, H:]), dim=2)",
+            "qk = rms_norm(qk)",
+            "qk = torch.cat((rms_norm(qk[:, :, :H]), qk[:, :, H:]), dim=2)",
         ),
         set=MODERN,
     ),

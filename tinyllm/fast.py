@@ -1,0 +1,115 @@
+"""Operations of the GPT that a CPU does faster than torch's own: the same formulas, in fewer passes over memory.
+
+    y = rms_norm(x, weight, eps=1e-6)
+    y = relu2(x)
+    y = dropout(x, 0.2, training=True)
+    y = attend_by_products(q, k, v, 0.0)
+
+A step of a small model waits for memory more than for arithmetic: what counts is how often a tensor is read and
+written, and in how many bytes. On other devices, and for the compiler, they are torch's.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+EPS = torch.finfo(torch.float32).eps  # which is torch.rms_norm's in float32
+
+
+def leave_to_torch(x: Tensor) -> bool:
+    """Whether torch has a quick form of its own, or makes one."""
+    return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = EPS) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, times a weight (Zhang & Sennrich 2019, eq. 4).
+
+    The weight in the type of x: two types have no quick form, and torch warns of that.
+    """
+    weight = None if weight is None else weight.to(x.dtype)
+    if leave_to_torch(x):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return RMSNorm.apply(x, weight, eps)
+
+
+class RMSNorm(Function):
+    """With y = r x, r = 1 / sqrt(mean(x^2) + eps), and g the gradient of y: that of x is r (g - y mean(g y))."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)  # in which a sum of squares is no sum of roundings
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
+        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+        y = x * r
+        ctx.save_for_backward(y, r, weight)
+        return y if weight is None else y * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        y, r, weight = ctx.saved_tensors
+        along = g * y
+        if weight is None:
+            of_weight, mean = None, along.mean(-1, keepdim=True)
+        else:
+            rows = along.flatten(0, -2)
+            of_weight, mean = rows.sum(0), (rows @ weight).view(r.shape) / len(weight)
+            g = g * weight
+        return torch.addcmul(g, y, mean, value=-1).mul_(r), of_weight, None
+
+
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021)."""
+    return F.relu(x).square() if leave_to_torch(x) else ReLU2.apply(x)
+
+
+class ReLU2(Function):
+    """Its derivative is 2 relu(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        r = F.relu(x)
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return torch.addcmul(g.new_zeros(()), g, *ctx.saved_tensors, value=2)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Zero each value with probability p and scale the others by 1 / (1 - p) (Srivastava et al. 2014).
+
+    torch draws a mask number by number, which takes eight times as long as this: 16 random bits a value, four values a
+    draw. So p is rounded to a multiple of 2^-16.
+    """
+    if not (training and p):
+        return x
+    if leave_to_torch(x):
+        return F.dropout(x, p)
+    dropped = min(round(p * 65536), 65535)  # of so many
+    seed = int(torch.empty((), dtype=torch.int64).random_())  # what torch's generator is seeded with decides all
+    draws = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16))
+    kept = draws.ge_(dropped - 32768)[: x.numel()].view(x.shape)  # as 0 and 1
+    return x * kept.to(x.dtype).mul_(65536 / (65536 - dropped))
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Causal attention written out, (B, H, T, D) each; weights are dropped with probability p.
+
+    To train in bfloat16: the backward pass of torch's fused kernel leaves a CPU's matrix units idle, and takes four
+    times as long (torch 2.13). The price is memory, (B, H, T, T) of it.
+    """
+    B, H, T, D = q.shape
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    ahead = q.new_full((T, T), -math.inf).triu_(1)
+    with torch.autocast("cpu", enabled=False):  # which would take the softmax to float32
+        scores = torch.baddbmm(ahead, q, k.mT, alpha=1 / math.sqrt(D))
+        return torch.bmm(dropout(scores.softmax(-1), p, training=True), v).unflatten(0, (B, H))
