@@ -114,7 +114,8 @@ def test_an_interruption_leaves_the_old_file(tmp_path, error):
     with pytest.raises(error):
         interrupted()
     assert (tmp_path / "a.bin").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+    left = {"a.bin"} if error is RuntimeError else {"a.bin", "a.bin.tmp"}  # which another writer can go on with
+    assert {path.name for path in tmp_path.iterdir()} == left
 
 
 def changed(at, new):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyllm import baselines, sources
+from tinyllm import baselines, sources, writing
 from tinyllm import prepare as prep
 from tinyllm.config import DataConfig
 from tinyllm.data import open_tokens, read_header
@@ -98,7 +98,7 @@ def test_every_character_is_in_one_split(here, tokenizer):
 
 
 def test_documents_are_divided_whole_and_each_is_ended(here, monkeypatch):
-    monkeypatch.setattr(prep, "BATCH", 50)
+    monkeypatch.setattr(writing, "BATCH", 50)
     stories = [f"story {i}" + " and on" * (i % 7) for i in range(30)]
     (here / "a.txt").write_text("\n<|endoftext|>\n".join(stories))
     prepared = run(config(val_fraction=0.2))
@@ -412,6 +412,7 @@ def test_is_prepared(here):
 @pytest.mark.parametrize("had_one", [False, True])
 @pytest.mark.parametrize("stage", ["reading", "writing tokens", "comparing the splits"])
 def test_an_interruption_leaves_the_old_state(here, monkeypatch, had_one, stage):
+    """And beside it, once the tokenizer is there, what was made: the next one goes on from that."""
     monkeypatch.setattr(sources, "REPORT", 1000)
     if had_one:
         run(config())
@@ -421,13 +422,144 @@ def test_an_interruption_leaves_the_old_state(here, monkeypatch, had_one, stage)
         pass
     with pytest.raises(KeyboardInterrupt):
         events.throw(KeyboardInterrupt)
-    assert state() == before
-    assert Path("data").exists() == had_one
+    left = {Path(name).parts[1] for name in state().keys() - before.keys()}
+    assert len(left) == (0 if stage == "reading" else 1)
+    assert all(name.startswith(prep.ASIDE) for name in left)
+    assert before.items() <= state().items()
+    assert Path("data").exists() == (had_one or stage != "reading")
     for event in prep.prepare(config(val_fraction=0.3)):  # a loop that is left early
         if event.stage == stage:
             break
     del event
-    assert state() == before
+    assert before.items() <= state().items()
+    run(config(val_fraction=0.3))
+    assert set(state()) == {f"data/{name}" for name in prep.FILES}
+
+
+# ---- What was made before it was cut short ----
+
+
+def words(count: int) -> str:
+    rng = random.Random(7)
+    return " ".join("".join(rng.choices("abcdefgh", k=rng.randint(1, 9))) for _ in range(count))
+
+
+def in_small_batches(monkeypatch) -> None:
+    monkeypatch.setattr(writing, "BATCH", 500)
+    monkeypatch.setattr(sources, "PART", 500)
+
+
+def texts_encoded(monkeypatch) -> list[str]:
+    """The texts that will have been encoded from now on."""
+    real, texts = writing.Encoder.__call__, []
+
+    def noted(self, rows, where):
+        texts.extend(rows)
+        return real(self, rows, where)
+
+    monkeypatch.setattr(writing.Encoder, "__call__", noted)
+    return texts
+
+
+def cut_short(config: DataConfig, batches: int, monkeypatch) -> None:
+    """Prepare until so many batches are written, then interrupt it; each is noted in the journal."""
+    monkeypatch.setattr(writing, "INTERVAL", 0.0)
+    in_small_batches(monkeypatch)
+    events = prep.prepare(config)
+    while batches:
+        batches -= next(events).stage == "writing tokens"
+    with pytest.raises(KeyboardInterrupt):
+        events.throw(KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("settings", [{"source": "a.txt", "tokenizer": "bpe", "vocab_size": 300}, {"source": "tales"}])
+@pytest.mark.parametrize("batches", [1, 4, 19])
+def test_it_goes_on_where_it_was_cut_short(here, monkeypatch, settings, batches):
+    """To the same bits, with the same tokenizer, and what was encoded is not encoded again."""
+    in_small_batches(monkeypatch)
+    (here / "a.txt").write_text(words(3000))
+    settings = {"tales_stories": 20, "val_fraction": 0.2, **settings}
+    whole = run(DataConfig(dir="whole", **settings))
+    own = DataConfig(dir="data", **settings)
+    cut_short(own, batches, monkeypatch)
+    texts = texts_encoded(monkeypatch)
+    monkeypatch.setattr(prep, "build", lambda *args, **kwargs: pytest.fail("the tokenizer is there"))
+    prepared = run(own)
+    characters = prepared.train.characters + prepared.val.characters
+    assert 0 < sum(map(len, texts)) <= characters - 400 * batches
+    assert prepared == prep.replace(whole, dir="data")
+    assert set(state()) == {f"data/{name}" for name in prep.FILES}
+    for name in prep.FILES:
+        assert Path("data", name).read_bytes() == Path("whole", name).read_bytes(), name
+
+
+def test_kills_again_and_again_change_nothing(here):
+    """Real processes, killed at any moment; each goes on from the one before, and the last one's files are the same."""
+    (here / "a.txt").write_text(words(60_000))
+    code = (
+        "import sys, time; from tinyllm import sources, writing; from tinyllm.config import DataConfig\n"
+        "from tinyllm.prepare import prepare\n"
+        "writing.INTERVAL, writing.BATCH, sources.PART = 0.0, 2000, 2000\n"
+        "for event in prepare(DataConfig(source='a.txt', dir=sys.argv[1], tokenizer='bpe', vocab_size=300)):\n"
+        "    print(getattr(event, 'stage', 'done'), flush=True); time.sleep(0.001)"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(prep.__file__).parents[1])}
+
+    def made(folder: str, most: int) -> bool:
+        """Whether it came to its end before so many batches were written."""
+        process = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, text=True, env=env)
+        for line in process.stdout:
+            most -= line.startswith("writing")
+            if most < 0:
+                process.kill()
+        process.stdout.close()
+        return process.wait() == 0
+
+    rng, kills = random.Random(3), 0
+    while not made("data", rng.randint(3, 25)):
+        kills += 1
+        assert len([*Path("data").glob(prep.ASIDE + "*")]) == 1
+        assert kills < 100
+    assert kills >= 4
+    assert made("whole", 10**9)
+    assert {path.name for path in Path("data").iterdir()} == set(prep.FILES)
+    for name in prep.FILES:
+        assert Path("data", name).read_bytes() == Path("whole", name).read_bytes(), name
+
+
+@pytest.mark.parametrize("change", ["text", "settings", "force"])
+def test_what_was_made_of_something_else_is_not_used(here, monkeypatch, change):
+    cut_short(config(), 5, monkeypatch)
+    if change == "text":
+        (here / "a.txt").write_text(TEXT.upper())
+    own = config(val_fraction=0.3) if change == "settings" else config()
+    texts = texts_encoded(monkeypatch)
+    run(own, force=change == "force")
+    assert "".join(texts) == (here / "a.txt").read_text()
+    assert set(state()) == {f"data/{name}" for name in prep.FILES}
+
+
+@pytest.mark.parametrize("name", ["journal.json", "tokenizer.json", "train.bin.tmp"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_what_was_damaged_meanwhile_is_not_used(here, monkeypatch, name, damage):
+    in_small_batches(monkeypatch)
+    run(config())
+    whole = {name: content for name, (content, _) in state().items()}
+    shutil.rmtree("data")
+    cut_short(config(), 5, monkeypatch)
+    (path,) = Path("data").glob(f"{prep.ASIDE}*/{name}")
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 3])
+    else:
+        path.write_bytes(content[:300] + bytes([content[300] ^ 1]) + content[301:])
+    if name == "train.bin.tmp":
+        with pytest.raises(DataError, match="No such file" if damage == "gone" else "it is not what was written"):
+            run(config())
+    run(config())
+    assert {name: content for name, (content, _) in state().items()} == whole
 
 
 def test_an_error_in_the_middle_leaves_the_old_state(here):

@@ -58,21 +58,50 @@ class Header:
 
 
 class TokenWriter:
-    """Writes a token file beside its place and moves it there once it is whole. A context manager."""
+    """Writes a token file beside its place and moves it there once it is whole. A context manager.
 
-    def __init__(self, path: str | Path, *, vocab_size: int, tokenizer_hash: str) -> None:
+    An error removes what was written. A kill or Ctrl-C leaves it, and another writer can go on after what was synced:
+    `done` are the count, text_bytes and ids_hash of then. Raises DataError when that is not what is there.
+    """
+
+    def __init__(
+        self, path: str | Path, *, vocab_size: int, tokenizer_hash: str, done: tuple[int, int, str] | None = None
+    ) -> None:
         self.path = Path(path)
         self.aside = self.path.with_name(self.path.name + ".tmp")
         self.vocab_size, self.tokenizer_hash = vocab_size, tokenizer_hash
         self.dtype = DTYPES[2 if vocab_size <= 1 << 16 else 4]
+        self.done = done
         self.count = self.text_bytes = 0
         self.hashes: list[bytes] = []  # of the pieces written
         self.rest = b""  # of the ids written, not yet a piece
 
     def __enter__(self) -> Self:
-        self.file = open(self.aside, "wb")
-        self.file.write(bytes(HEADER_SIZE))
+        if self.done is None:
+            self.file = open(self.aside, "wb")
+            self.file.write(bytes(HEADER_SIZE))
+        else:
+            if not self.aside.exists():  # it was whole, and moved
+                os.replace(self.path, self.aside)
+            self.file = open(self.aside, "r+b")
+            try:
+                self.take_over(*self.done)
+            except BaseException:
+                self.file.close()
+                raise
         return self
+
+    def take_over(self, count: int, text_bytes: int, ids_hash: str) -> None:
+        """Go on after what another writer has synced."""
+        self.count, self.text_bytes = count, text_bytes
+        self.file.truncate(HEADER_SIZE + count * self.dtype.itemsize)
+        self.file.seek(HEADER_SIZE)
+        while len(piece := self.file.read(PIECE)) == PIECE:
+            self.hashes.append(hashlib.sha256(piece).digest())
+        self.rest = piece
+        if self.header.ids_hash != ids_hash:
+            fix = "prepare again, which begins anew"
+            raise DataError("damaged: it is not what was written", where=str(self.aside), fix=fix)
 
     def write(self, ids: Sequence[int] | np.ndarray, text_bytes: int) -> None:
         """Append ids, which stand for `text_bytes` bytes of text. Raises DataError for an id out of range."""
@@ -90,18 +119,26 @@ class TokenWriter:
         self.count += array.size
         self.text_bytes += text_bytes
 
+    def sync(self) -> None:
+        """Have on the disk what has been written so far."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         try:
             if kind is None:
                 self.file.seek(0)
                 self.file.write(self.header.pack())
-                self.file.flush()
-                os.fsync(self.file.fileno())
+                self.sync()
             self.file.close()
             if kind is None:
                 os.replace(self.aside, self.path)
+        except BaseException:  # a full disk: what is written is of no use
+            self.aside.unlink(missing_ok=True)
+            raise
         finally:
             self.file.close()
+        if kind is not None and issubclass(kind, Exception):
             self.aside.unlink(missing_ok=True)
 
     @property

@@ -6,7 +6,8 @@
 
 `meta.json` holds the fingerprint, all that determines the result: the settings that matter and each input's
 SHA-256. Preparing again does nothing while it is the same, and says what changed when it is not. New files
-are made aside and take the place of the old ones all together, so that a kill leaves one or the other.
+are made aside and take the place of the old ones all together, so that a kill leaves one or the other, and what was
+made so far, from which the next `prepare` of the same goes on (see `writing.py`).
 
 It also holds the hash of each of the files, and of itself: one that is damaged, or of another preparation, is refused.
 Ids of more than a gigabyte are not read for that whenever they are opened, but by `tinyllm prepare` and `sanity` only.
@@ -18,45 +19,30 @@ import os
 import shutil
 import tempfile
 import time
-from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from tinyllm.baselines import Baselines, compare
 from tinyllm.config import DataConfig
-from tinyllm.data import HEADER_SIZE, Header, TokenWriter, ids_hash, open_tokens, read_header
+from tinyllm.data import HEADER_SIZE, Header, ids_hash, open_tokens, read_header
 from tinyllm.download import Meter, Progress, watched
 from tinyllm.encoding import Encoder
 from tinyllm.errors import DataError
 from tinyllm.files import locked, write_text
-from tinyllm.process import usable_cores
-from tinyllm.sources import Input, Piece, divided, download, find_boundary, inputs, stats
-from tinyllm.tokenizer import KINDS, build, digest, end_of_text, to_json
+from tinyllm.sources import Input, divided, download, find_boundary, inputs, stats
+from tinyllm.tokenizer import KINDS, build, digest, end_of_text, from_json, to_json
+from tinyllm.writing import JOURNAL, Done, Split, encoded, read_journal, write_journal, write_tokens
 
 VERSION = 2  # of meta.json and of what is done here: a change of either prepares everything again
 FILES = ("tokenizer.json", "train.bin", "val.bin", "meta.json")  # in the order they are moved
 ASIDE, READY = ".preparing-", ".prepared"
 READ_AT_ONCE = 1 << 30  # bytes of a token file up to which it is read whenever it is opened, to see if it is whole
-BATCH = 1 << 19  # characters tokenized at once; by characters that takes about 100 bytes of memory each
-
-
-@dataclass(frozen=True)
-class Split:
-    """The size of a split. `text_bytes` are UTF-8. Each document's end is one more token, without text."""
-
-    tokens: int
-    text_bytes: int
-    characters: int
-    documents: int
-    ids_hash: str  # as in the file's header
 
 
 @dataclass(frozen=True)
@@ -105,18 +91,25 @@ def prepare(config: DataConfig, *, force: bool = False) -> Iterator[Progress | P
     try:
         folder.mkdir(parents=True, exist_ok=True)
         finish_move(folder)
+        known = stats(read_files(config), {})
+        made_of = {"version": VERSION, **fingerprint(config, known)}
         with ExitStack() as until_done:
             with locked(folder, wait=True):  # nobody takes the new folder, not yet locked, for a leftover
+                aside = None if force else until_done.enter_context(unfinished(folder, made_of))
                 remove_leftovers(folder)
-                aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder))
-                until_done.enter_context(locked(aside))
+                if aside is None:
+                    aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder))
+                    until_done.enter_context(locked(aside))
             try:
-                prepared = yield from write_all(config, aside)
+                prepared = yield from write_all(config, aside, known, made_of)
                 publish(aside, folder)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-                if not any(folder.iterdir()):
-                    folder.rmdir()
+            except BaseException as error:
+                # Who prepares the same again goes on from what a kill, or Ctrl-C, has left.
+                if isinstance(error, Exception) or read_journal(aside, made_of) is None:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    if not any(folder.iterdir()):
+                        folder.rmdir()
+                raise
     except OSError as error:
         raise DataError(f"cannot be written: {error.strerror}", where=str(error.filename or folder)) from None
     yield replace(prepared, reasons=tuple(changes or ["forced"]))
@@ -240,9 +233,11 @@ def read_files(config: DataConfig) -> list[Input]:
 # ---- Making the files ----
 
 
-def write_all(config: DataConfig, folder: Path) -> Generator[Progress, None, Prepared]:
-    """Make all four files in `folder`."""
-    files, known = inputs(config), stats(read_files(config), {})
+def write_all(
+    config: DataConfig, folder: Path, known: dict[str, Any], made_of: dict[str, Any]
+) -> Generator[Progress, None, Prepared]:
+    """Make all four files in `folder`, or what is missing of them. `known`: what `stats` says of the inputs."""
+    files = inputs(config)
     boundary, characters, text_bytes = yield from find_boundary(config, files)
 
     def texts(meter: Meter) -> Iterator[str]:
@@ -257,12 +252,19 @@ def write_all(config: DataConfig, folder: Path) -> Generator[Progress, None, Pre
     def work(meter: Meter) -> Tokenizer:
         return build(config.tokenizer, texts(meter), vocab_size=config.vocab_size, documents=boundary.marked)
 
-    tokenizer = yield from watched(f"{'training' if config.tokenizer == 'bpe' else 'making'} the tokenizer", work)
-    encoder, tokenizer_json = Encoder(tokenizer), to_json(tokenizer)
-    end, tokenizer_hash, vocab_size = end_of_text(tokenizer), digest(tokenizer_json), len(encoder.sizes)
-    parts = encoded(divided(config, files, boundary), encoder, end, config.source)
-    splits, log_prob = yield from write_tokens(parts, folder, vocab_size, tokenizer_hash, text_bytes)
-    if splits["train"].characters + splits["val"].characters != characters:
+    if done := read_journal(folder, made_of):
+        tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        tokenizer = from_json(tokenizer_json)
+    else:
+        tokenizer = yield from watched(f"{'training' if config.tokenizer == 'bpe' else 'making'} the tokenizer", work)
+        tokenizer_json = to_json(tokenizer)
+        write_text(folder / "tokenizer.json", tokenizer_json)
+        write_journal(folder, made_of, done := Done(digest(tokenizer_json)))
+    encoder, end = Encoder(tokenizer), end_of_text(tokenizer)
+    vocab_size = len(encoder.sizes)
+    parts = encoded(divided(config, files, boundary), encoder, end, config.source, skip=done.batches)
+    done = yield from write_tokens(parts, folder, made_of, done, vocab_size=vocab_size, total=text_bytes)
+    if done.train.characters + done.val.characters != characters:
         raise DataError("the text changed while it was being read", where=config.source, fix="prepare again")
     for part in compare(open_tokens(folder / "train.bin")[0], open_tokens(folder / "val.bin")[0], vocab_size):
         if isinstance(part, Baselines):
@@ -275,20 +277,20 @@ def write_all(config: DataConfig, folder: Path) -> Generator[Progress, None, Pre
         tokenizer=config.tokenizer,
         vocab_size=vocab_size,
         tokenizer_json=tokenizer_json,
-        tokenizer_hash=tokenizer_hash,
-        train=splits["train"],
-        val=splits["val"],
+        tokenizer_hash=done.tokenizer_hash,
+        train=done.train,
+        val=done.val,
         unigram_entropy=baselines.unigram,
         bigram_entropy=baselines.bigram,
         overlap=baselines.overlap,
-        entropy=None if log_prob is None else -log_prob / splits["val"].tokens,
+        entropy=None if done.log_prob is None else -done.log_prob / done.val.tokens,
         fingerprint=fingerprint(config, known),
     )
-    write_text(folder / "tokenizer.json", prepared.tokenizer_json)
     report = asdict(prepared)
     for elsewhere in ("dir", "tokenizer_json", "fingerprint", "reasons"):
         del report[elsewhere]
     write_meta(folder, {"version": VERSION, "fingerprint": prepared.fingerprint, "files": known, "report": report})
+    (folder / JOURNAL).unlink()
     return prepared
 
 
@@ -297,66 +299,6 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     meta = {key: value for key, value in meta.items() if key != "sha256"}
     sealed = meta | {"sha256": digest(json.dumps(meta))}
     write_text(folder / "meta.json", json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
-
-
-def batches(parts: Iterator[tuple[str, Piece]]) -> Iterator[tuple[str, list[Piece]]]:
-    """Pieces of one split together, some BATCH characters a time: work for every core, little memory."""
-    name, batch, size = "train", [], 0
-    for split, piece in parts:
-        if batch and (size >= BATCH or split != name):
-            yield name, batch
-            batch, size = [], 0
-        name = split
-        batch.append(piece)
-        size += len(piece.text)
-    yield name, batch
-
-
-def encoded(
-    parts: Iterator[tuple[str, Piece]], encoder: Encoder, end: int | None, source: str
-) -> Iterator[tuple[str, list[Piece], np.ndarray]]:
-    """Pieces of one split together with their ids, in order; a few batches ahead are encoded, on all cores."""
-    mark = np.array([] if end is None else [end], dtype=np.uint32)
-
-    def ids_of(batch: list[Piece]) -> np.ndarray:
-        rows = encoder([piece.text for piece in batch], source)
-        return np.concatenate([ids for row, piece in zip(rows, batch, strict=True) for ids in (row, mark[: piece.end])])
-
-    cores = usable_cores()
-    waiting: deque[tuple[str, list[Piece], Future[np.ndarray]]] = deque()
-    with ThreadPoolExecutor(cores, "tinyllm-encoding") as pool:
-        for split, batch in batches(parts):
-            waiting.append((split, batch, pool.submit(ids_of, batch)))
-            if len(waiting) > 2 * cores:
-                split, batch, future = waiting.popleft()
-                yield split, batch, future.result()
-        for split, batch, future in waiting:
-            yield split, batch, future.result()
-
-
-def write_tokens(
-    parts: Iterator[tuple[str, list[Piece], np.ndarray]], folder: Path, vocab_size: int, tokenizer_hash: str, total: int
-) -> Generator[Progress, None, tuple[dict[str, Split], float | None]]:
-    """Write train.bin and val.bin. Returns their sizes, and the log-probability (nats) of the validation."""
-    characters, documents = {"train": 0, "val": 0}, {"train": 0, "val": 0}
-    log_prob: float | None = 0.0
-    with (
-        TokenWriter(folder / "train.bin", vocab_size=vocab_size, tokenizer_hash=tokenizer_hash) as train,
-        TokenWriter(folder / "val.bin", vocab_size=vocab_size, tokenizer_hash=tokenizer_hash) as val,
-    ):
-        writers = {"train": train, "val": val}
-        for split, batch, ids in parts:
-            writers[split].write(ids, sum(len(piece.text.encode()) for piece in batch))
-            characters[split] += sum(len(piece.text) for piece in batch)
-            documents[split] += sum(piece.end for piece in batch)
-            for piece in batch if split == "val" else ():
-                log_prob = None if log_prob is None or piece.log_prob is None else log_prob + piece.log_prob
-            yield Progress("writing tokens", train.text_bytes + val.text_bytes, total)
-    made = {
-        name: Split(out.count, out.text_bytes, characters[name], documents[name], out.header.ids_hash)
-        for name, out in writers.items()
-    }
-    return made, log_prob
 
 
 # ---- Putting the files into their place ----
@@ -382,6 +324,17 @@ def finish_move(folder: Path) -> None:
             os.replace(ready / name, folder / name)
     with suppress(FileNotFoundError):
         ready.rmdir()
+
+
+@contextmanager
+def unfinished(folder: Path, made_of: dict[str, Any]) -> Iterator[Path | None]:
+    """The locked folder of a `prepare` of the same that was cut short, whose journal can be read; None for none."""
+    for old in folder.glob(ASIDE + "*"):
+        with locked(old) as free:
+            if free and read_journal(old, made_of):
+                yield old
+                return
+    yield None
 
 
 def remove_leftovers(folder: Path) -> None:
