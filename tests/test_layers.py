@@ -85,3 +85,25 @@ def test_imports_are_cheap(module, unwanted):
     loaded = set(done.stdout.split())
     assert f"tinyllm.{module}" in loaded
     assert not loaded & set(unwanted)
+
+
+@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
+def test_a_run_starts_without_torchs_compiler(recipe, tmp_path):
+    """To import it takes a second, and several harmless calls do: opening, checking and training must make none."""
+    code = (
+        "import sys\n"
+        "from tinyllm import engine, prepare, sanity\n"
+        "from tinyllm.config import check\n"
+        f"model = {{'recipe': '{recipe}', 'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'block_size': 32, 'dropout': 0.1}}\n"
+        "data = {'source': 'tales', 'dir': 'data', 'tokenizer': 'char', 'tales_stories': 40}\n"
+        "config = check({'model': model, 'data': data, 'train': {'batch_size': 2}, 'optim': {'name': 'muon'}})\n"
+        "list(prepare.prepare(config.data))\n"
+        "run = engine.open_run(config)\n"
+        "assert len(list(sanity.sanity(run, sanity.select(quick=True)))) > 40\n"
+        "engine.train_step(run, engine.new_state(run))\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tinyllm.sanity" in done.stdout.split()
+    assert "torch._dynamo" not in done.stdout.split()

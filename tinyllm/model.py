@@ -193,6 +193,8 @@ class KVCache:
 
 def rope_tables(block_size: int, head_size: int) -> tuple[Tensor, Tensor]:
     """What `rotate` takes: cos and +-sin of position x frequency, each (block_size, 1, D), float32 (Su et al. 2021)."""
+    if torch.get_default_device().type == "meta":  # shapes without values, as of Linear
+        return torch.empty(block_size, 1, head_size), torch.empty(block_size, 1, head_size)
     frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
     angles = torch.outer(torch.arange(block_size, dtype=torch.float64), frequencies)[:, None]
     cos, sin = angles.cos().float(), angles.sin().float()

@@ -82,6 +82,10 @@ def wrong_rates(found: "Counter[float]", config: ModelConfig, ours: bool) -> str
 class Rates(TorchDispatchMode):
     """Counts the rates at which activations are dropped."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch imports its compiler to keep it away from here, a second of every start
+
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[float] = Counter()
