@@ -79,7 +79,10 @@ class ModelConfig(Section):
     vocab_size: Count = Field(0, le=1_000_000_000, description="rows of the embedding; 0: as many as the tokenizer has")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the embedding and on each residual branch")
     attn_dropout: float = Field(
-        0.0, ge=0, lt=1, description="on the attention weights; on a CPU it costs more than the rest of the step"
+        0.0,
+        ge=0,
+        lt=1,
+        description="on the attention weights; costs a CPU in float32 more than the rest of the step",
     )
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation before each branch")
     activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = Field(

@@ -89,10 +89,10 @@ def prepare(config: DataConfig, *, force: bool = False) -> Iterator[Progress | P
         yield from watched("downloading", partial(download, file))
     folder = Path(config.dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        finish_move(folder)
         known = stats(read_files(config), {})
         made_of = {"version": VERSION, **fingerprint(config, known)}
+        folder.mkdir(parents=True, exist_ok=True)
+        finish_move(folder)
         with ExitStack() as until_done:
             with locked(folder, wait=True):  # nobody takes the new folder, not yet locked, for a leftover
                 aside = None if force else until_done.enter_context(unfinished(folder, made_of))
