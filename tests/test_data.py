@@ -118,6 +118,22 @@ def test_an_interruption_leaves_the_old_file(tmp_path, error):
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
+def test_an_interruption_at_the_very_end_leaves_what_was_written(tmp_path, monkeypatch):
+    """While the disk is waited for: another writer goes on, and the file is the same."""
+    whole = write(tmp_path / "whole.bin", [1, 2, 3]).read_bytes()
+    writer = TokenWriter(tmp_path / "a.bin", vocab_size=100, tokenizer_hash=HASH).__enter__()
+    writer.write([1, 2, 3], 0)
+    writer.sync()
+    done = (writer.count, writer.text_bytes, writer.header.ids_hash)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            writer.__exit__(None, None, None)
+    with TokenWriter(tmp_path / "a.bin", vocab_size=100, tokenizer_hash=HASH, done=done):
+        pass
+    assert (tmp_path / "a.bin").read_bytes() == whole
+
+
 def changed(at, new):
     return lambda data: data[:at] + new + data[at + len(new) :]
 

@@ -133,7 +133,7 @@ class TokenWriter:
             self.file.close()
             if kind is None:
                 os.replace(self.aside, self.path)
-        except BaseException:  # a full disk: what is written is of no use
+        except Exception:  # a full disk: what is written is of no use
             self.aside.unlink(missing_ok=True)
             raise
         finally:
