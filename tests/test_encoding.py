@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from tinyllm import tokenizer as tok
-from tinyllm.encoding import Encoder
+from tinyllm.encoding import WHITE, Encoder
 from tinyllm.errors import TokenizerError
 from tinyllm.tales import stories
 
@@ -58,7 +58,14 @@ def test_gpt2(tmp_path, monkeypatch):
     def any_text(text):
         assert quick(encoder, [text]) == by_library(tokenizer, [text])
 
+    @settings(deadline=None, max_examples=300)
+    @given(st.text([*map(chr, WHITE), *"\x00\x1c\u180e\u200b\ufeffa1.'sé日"]))
+    @example("a \u3000b")
+    def any_white_space(text):
+        assert quick(encoder, [text]) == by_library(tokenizer, [text])
+
     any_text()
+    any_white_space()
 
 
 def bpe(merges: list[tuple[str, str]], ids: list[int] | None = None) -> Tokenizer:
