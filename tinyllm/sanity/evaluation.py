@@ -232,7 +232,7 @@ def precision(subject: Subject) -> Result:
             },
         )
         state = subject.state(run)
-        with watched(state) as updates:
+        with watched(state, hold=True) as updates:
             report = train_step(run, state, subject.batch)
         found[name] = report.loss, joined({u.name: u.grad for u in updates if u.grad is not None})
     if subject.run.runtime.dtype not in computed_in(subject):

@@ -126,17 +126,20 @@ class Update:
     weight_decay: float
     grad: Tensor | None  # as the optimizer got it
     before: Tensor
-    after: Tensor | None = None
+    after: Tensor | None = None  # None if nothing was moved
     muon: bool = False
 
 
 @contextmanager
-def watched(state: TrainState) -> Iterator[list[Update]]:
-    """Record each update that the optimizers make, by a `step` in place of theirs that calls it."""
+def watched(state: TrainState, *, hold: bool = False) -> Iterator[list[Update]]:
+    """Record each update that the optimizers make, by a `step` in place of theirs that calls it.
+
+    `hold`: that does not, where what they are given is all that matters; Muon's step costs more than all before it.
+    """
     updates: list[Update] = []
     optimizers = list(state.optimizers)
     for optimizer in optimizers:
-        watch(optimizer, state.model, updates)
+        watch(optimizer, state.model, updates, hold)
     try:
         yield updates
     finally:
@@ -144,8 +147,8 @@ def watched(state: TrainState) -> Iterator[list[Update]]:
             del optimizer.step  # and the class's own is there again
 
 
-def watch(optimizer: AdamW | Muon, model: nn.Module, updates: list[Update]) -> None:
-    """Have the optimizer's steps add its updates to the list."""
+def watch(optimizer: AdamW | Muon, model: nn.Module, updates: list[Update], hold: bool) -> None:
+    """Have the optimizer's steps add its updates to the list, and move nothing if they are to `hold`."""
     names = {id(p): name for name, p in model.named_parameters()}
     steps, real_step = itertools.count(), optimizer.step
 
@@ -159,6 +162,8 @@ def watch(optimizer: AdamW | Muon, model: nn.Module, updates: list[Update]) -> N
                 update = Update(name, step, group["lr"], group["weight_decay"], grad, p.detach().clone(), muon=muon)
                 current.append((p, update))
                 updates.append(update)
+        if hold:
+            return
         real_step()
         for p, update in current:
             update.after = p.detach().clone()

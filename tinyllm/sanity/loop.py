@@ -178,17 +178,16 @@ def memory_growth(subject: Subject) -> Result:
     gc.freeze()  # what is there already is not looked through again and again
     try:
         for _ in range(4):
-            steps(run, state, subject, 2)
+            steps(run, state, subject, 1)
             gc.collect()
             counts.append(sum(1 for each in gc.get_objects() if issubclass(type(each), Tensor)))
     finally:
         gc.unfreeze()
     if counts[1] < counts[2] < counts[3]:
-        grown = (counts[3] - counts[2]) / 2
-        diagnosis = f"each step leaves {grown:g} tensors behind, and what they were computed from"
+        diagnosis = f"each step leaves {counts[3] - counts[2]} tensors behind, and what they were computed from"
         fix = "a list or a sum of losses or activations? keep numbers, not tensors: .item(), .detach()"
-        return failed(f"{counts[2]:,} tensors, two steps later {counts[3]:,}", "as many", diagnosis, fix)
-    return passed(f"{counts[3]:,} tensors, as many as two steps before", "as many")
+        return failed(f"{counts[2]:,} tensors, a step later {counts[3]:,}", "as many", diagnosis, fix)
+    return passed(f"{counts[3]:,} tensors, as many as a step before", "as many")
 
 
 def generation(subject: Subject) -> Result:

@@ -128,10 +128,13 @@ def muon_error(steps: list[Update], config: OptimConfig) -> float:
         average = beta * average + (1 - beta) * g
         x = beta * average + (1 - beta) * g  # Nesterov
         x = x / x.norm().clamp(min=1e-7)
-        for _ in range(5):  # the quintic of the paper; it is odd, so that a matrix and its transpose go alike
+        rows, columns = x.shape
+        x = x.T if rows > columns else x  # the quintic is odd, so that a matrix and its transpose go alike
+        for _ in range(5):
             gram = x @ x.T
-            x = 3.4445 * x - 4.775 * gram @ x + 2.0315 * gram @ gram @ x
-        move = -lr * config.weight_decay * p - lr * math.sqrt(max(1, p.shape[0] / p.shape[1])) * x
+            x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+        x = x.T if rows > columns else x
+        move = -lr * config.weight_decay * p - lr * math.sqrt(max(1, rows / columns)) * x
         worst = max(worst, 1e3 * apart(u.after.double() - p, move))
     return worst
 
@@ -170,7 +173,7 @@ def schedule_in_use(subject: Subject) -> Result:
     expected = "the schedule's rate at each step"
     for step in steps:
         state.step = step
-        with watched(state) as updates:
+        with watched(state, hold=True) as updates:
             report = train_step(run, state, (inputs, targets))
         if not updates:
             return nothing_seen(expected)

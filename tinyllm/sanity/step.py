@@ -35,7 +35,7 @@ def held(state: TrainState) -> list[str]:
 
 def given(run: Run, state: TrainState, subject: Subject) -> tuple[Tensor, Any]:
     """One real step: the gradient that the optimizers were given, (parameters,) float64, and what the step reports."""
-    with watched(state) as updates:
+    with watched(state, hold=True) as updates:
         report = train_step(run, state, subject.batch)
     if set(held(state)) != {u.name for u in updates}:
         raise RunError("a step does not step all of its optimizers", fix="see `one step`")
@@ -55,7 +55,7 @@ def one_step(subject: Subject) -> Result:
     run, state = plain(subject, micro_batch_size=1), subject.state(plain(subject), woken=True)
     expected, fix = "one step of each optimizer", "step() on each optimizer, once, after the last micro-batch"
     for number in range(2):
-        with watched(state) as updates:
+        with watched(state, hold=True) as updates:
             train_step(run, state, subject.batch)
         steps = Counter(u.name for u in updates)
         if not updates:
