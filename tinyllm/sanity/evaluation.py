@@ -22,7 +22,6 @@ from tinyllm.sanity.instruments import (
     reference_gradients,
     relative,
     variant,
-    wake,
     watched,
 )
 from tinyllm.sanity.result import Result, failed, passed, skipped, warned
@@ -74,7 +73,7 @@ def small(subject: Subject) -> Run:
 
 def evaluation(subject: Subject) -> Result:
     """The validation loss is the mean over fixed windows of val.bin, dropout off; it changes nothing and repeats."""
-    run, model = brief(subject), wake(copy.deepcopy(subject.own))
+    run, model = brief(subject), copy.deepcopy(subject.own_woken)
     for split in ("val", "train"):
         if stray := misread(subject, split, 24):
             diagnosis = f"the {split} loss is measured on something else than {split}.bin"

@@ -17,7 +17,7 @@ from tinyllm.events import Evaluated, Event, Finished, StepDone, Stopped
 from tinyllm.generate import Sampling, choose, generate
 from tinyllm.model import GPT, KVCache
 from tinyllm.sanity.evaluation import small
-from tinyllm.sanity.instruments import called, logits_of, variant, wake
+from tinyllm.sanity.instruments import called, logits_of, variant
 from tinyllm.sanity.result import Result, failed, listed, passed
 from tinyllm.sanity.subject import Subject
 
@@ -241,7 +241,7 @@ def ended_wrongly(subject: Subject, said: list[int]) -> str:
 
 def beyond_the_context(subject: Subject) -> str:
     """What is wrong with a token that follows on a full context, in words; '' for nothing. Dropout is off, too."""
-    size, model = subject.run.config.model.block_size, wake(copy.deepcopy(subject.own)).train()
+    size, model = subject.run.config.model.block_size, copy.deepcopy(subject.own_woken).train()
     text = subject.windows("val", 1, size)[0][0].tolist()
     with called(model) as calls:
         said = [

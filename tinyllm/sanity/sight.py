@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyllm.config import ModelConfig
 from tinyllm.runtime import seed_torch
-from tinyllm.sanity.instruments import calls_of, dropouts, logits_of, reference_gradients, relative, wake
+from tinyllm.sanity.instruments import calls_of, dropouts, logits_of, reference_gradients, relative
 from tinyllm.sanity.model import is_ours
 from tinyllm.sanity.result import Result, failed, listed, passed, skipped, warned
 from tinyllm.sanity.subject import Subject
@@ -28,7 +28,7 @@ CLOSE = 1e-4  # of two rates of dropout: the built-in model rounds its own to a 
 def dropout(subject: Subject) -> Result:
     """Off in evaluation, on in training, at the rate of the config."""
     config = subject.run.config.model
-    model = wake(copy.deepcopy(subject.own))
+    model = copy.deepcopy(subject.own_woken)
     tokens = subject.tensor(subject.batch[0])
     differs = {training: is_random(model.train(training), tokens) for training in (False, True)}
     expected = "evaluation without, training with it"
@@ -103,7 +103,7 @@ class Rates(TorchDispatchMode):
 
 def modes(subject: Subject) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     """The woken model as evaluation and as training call it; seeded alike each time, so dropout changes nothing."""
-    model = wake(copy.deepcopy(subject.own))
+    model = copy.deepcopy(subject.own_woken)
     for name, training in (("in evaluation", False), ("in training", True)):
         model.train(training)
         yield name, model

@@ -49,9 +49,7 @@ class Subject:
 
     def state(self, run: Run | None = None, *, woken: bool = False) -> TrainState:
         """A copy of the fresh model, with optimizers of its own (for `run`'s config)."""
-        model = copy.deepcopy(self.fresh)
-        if woken:
-            wake(model)
+        model = copy.deepcopy(self.woken).train() if woken else copy.deepcopy(self.fresh)
         run = run or self.exact
         return TrainState(model, build_optimizers(model, run.config.optim, run.runtime.dtype))
 
@@ -60,9 +58,14 @@ class Subject:
         """The model as a run starts with it, dropout and all. Not to be changed either."""
         return new_state(self.run).model
 
+    @cached_property
+    def own_woken(self) -> nn.Module:
+        """The same with random weights of natural size everywhere, like `woken`. Not to be changed either."""
+        return wake(copy.deepcopy(self.own))
+
     def own_state(self, run: Run) -> TrainState:
-        """A copy of that, woken, with optimizers of its own."""
-        model = wake(copy.deepcopy(self.own))
+        """A copy of that, with optimizers of its own."""
+        model = copy.deepcopy(self.own_woken)
         return TrainState(model, build_optimizers(model, run.config.optim, run.runtime.dtype))
 
     @cached_property
