@@ -80,7 +80,9 @@ TIKTOKEN = """
 import json, os, sys, time
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tinyllm import tokenizer as tok
 from tinyllm.download import cache_path
+tok.build("gpt2", (), vocab_size=0, documents=False)  # has the files fetched
 os.environ["TIKTOKEN_CACHE_DIR"] = ""  # it would copy the files into a folder of its own
 files = [str(cache_path(f"gpt2/{name}")) for name in ("vocab.bpe", "encoder.json")]
 words = r"'(?:[sdmt]|ll|ve|re)| ?\\p{L}++| ?\\p{N}++| ?[^\\s\\p{L}\\p{N}]++|\\s++$|\\s+(?!\\S)|\\s"
