@@ -1,5 +1,6 @@
-"""The slow proofs: whole runs of the examples, as a user starts them. `just proofs`: three quarters of an hour on two cores,
-but for the largest, `just proofs -k "not 10m"`, three minutes.
+"""The slow proofs: whole runs of the examples, as a user starts them.
+
+`just proofs` takes three quarters of an hour on two cores; `just proofs -k "not 10m"`, without the largest, minutes.
 """
 
 import re
