@@ -107,7 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tinyllm-bench-") as name:
         folder = Path(name)
         text = folder / "tales.txt"
-        run([sys.executable, "-c", WRITE, str(text)])
+        run([sys.executable, "-c", WRITE, str(text), "2"])
         for part in options.parts or PARTS:
             print(f"\n{part}", flush=True)
             PARTS[part](folder, text, options.turns)
@@ -116,7 +116,13 @@ def main() -> None:
 WRITE = """
 import sys
 from tinyllm.tales import stories
-open(sys.argv[1], "w", encoding="utf-8").write("\\n\\n".join(story.text for story in stories(2000, 0)))
+path, megabytes = sys.argv[1:]
+missing = int(megabytes) * 1_000_000
+with open(path, "w", encoding="utf-8") as file:
+    for story in stories(missing, 0):  # more than it takes
+        missing -= file.write(story.text + "\\n\\n")
+        if missing <= 0:
+            break
 """
 
 
@@ -175,10 +181,8 @@ def sample(folder: Path, text: Path, turns: int) -> None:
 
 
 def prepare(folder: Path, text: Path, turns: int) -> None:
-    large, part = folder / "large.txt", text.read_bytes() + b"\n\n"
-    with open(large, "wb") as file:
-        for _ in range(MEGABYTES * 1_000_000 // len(part)):
-            file.write(part)
+    large = folder / "large.txt"
+    run([sys.executable, "-c", WRITE, str(large), str(MEGABYTES)])
     own, theirs, peaks = [], [], []
     for turn in range(turns):
         told = said([sys.executable, "-c", TIKTOKEN, str(large)])

@@ -55,6 +55,13 @@ def test_what_is_slow_is_named(make_run, monkeypatch):
     assert next(iter(bench(run, seconds=0.0).parts)) == OPTIMIZER
 
 
+def test_operations_of_our_own_are_named(make_run):
+    """Though each is made of products and sums: that of a wide vocabulary takes its part of the step."""
+    parts = bench(make_run("model.recipe=modern", "model.vocab_size=4096"), seconds=0.0).parts
+    assert {"loss", "norms", "activations"} <= parts.keys()
+    assert parts["loss"] > 0.1
+
+
 def test_the_command_line(make_config, tmp_path):
     (tmp_path / "run.toml").write_text(to_toml(make_config()), encoding="utf-8")
     before = sorted(tmp_path.rglob("*"))

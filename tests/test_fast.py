@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tinyllm import fast
-from tinyllm.fast import dropout, relu2, rms_norm
+from tinyllm.data import IGNORED
+from tinyllm.fast import WIDE, cross_entropy, dropout, relu2, rms_norm
 from tinyllm.model import attend
 
 
@@ -153,3 +154,47 @@ def test_a_long_context_goes_through_the_fused_kernel(monkeypatch):
     torch.testing.assert_close(
         attend(q, k, v, 0.0).float(), written_out(q.float(), k.float(), v.float()), rtol=1e-2, atol=1e-2
     )
+
+
+# ---- The loss ----
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("vocab_size", [65, WIDE])
+def test_cross_entropy_and_its_gradient_are_those_of_torch_in_float64(vocab_size, dtype, near, reduction):
+    """Rows of all kinds: of natural size, steep, hopeless, flat, and ignored. A wide one has several parts."""
+    rows = 2 * fast.AT_ONCE // WIDE + 3
+    scale = torch.tensor([1.0, 30.0, 1000.0, 0.0]).repeat(rows)[:rows, None]
+    logits = (scale * drawn(rows, vocab_size)).to(dtype).requires_grad_()
+    targets = torch.randint(vocab_size, (rows,), generator=torch.Generator().manual_seed(1))
+    targets[::5] = IGNORED
+    exact = logits.detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, targets, reduction=reduction)
+    loss = cross_entropy(logits, targets, reduction)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    up = drawn(*expected.shape, seed=2)
+    loss.backward(up.float())
+    expected.backward(up)
+    assert logits.grad.dtype == dtype
+    largest = exact.grad.abs().max().item()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=near, atol=1e-6 * largest)
+    assert not logits.grad[targets == IGNORED].any()
+
+
+def test_a_wide_cross_entropy_keeps_no_copy_of_the_logits():
+    kept = []
+    logits = drawn(100, WIDE).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        cross_entropy(logits * 1, torch.zeros(100, dtype=torch.int64))
+    assert sum(t.nbytes for t in kept) < 1.1 * logits.nbytes
+
+
+@pytest.mark.parametrize("vocab_size", [65, WIDE])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_of_what_is_not_finite_is_not_finite(vocab_size, value):
+    logits = drawn(3, vocab_size).float()
+    logits[1, 7] = value
+    assert cross_entropy(logits, torch.tensor([1, 2, 3]), "none").isfinite().tolist() == [True, False, True]
+    assert cross_entropy(logits, torch.full((3,), IGNORED)).isnan()  # a mean of nothing

@@ -15,6 +15,7 @@ import numpy as np
 from tinyllm.process import usable_cores
 
 CHUNK = 1 << 20  # tokens of the training split compared at once
+HASHED = 1 << 16  # of them hashed at once: that stays in a core's cache
 PAIRS = 1 << 24  # of the training split's pairs of tokens are counted, about
 WINDOW = 64  # tokens; a power of two
 PRIOR = 50.0  # tokens; see `compare`. Of 1 to 500 the best, or near it, by characters, BPE and GPT-2 alike
@@ -53,8 +54,8 @@ def compare(train: np.ndarray, val: np.ndarray, vocab_size: int) -> Iterator[flo
         if start in counted:
             codes, uses = np.unique(pair_codes(chunk[: CHUNK + 1], vocab_size), return_counts=True)
         at, found = positions(codes, pairs)
-        own = window_hashes(chunk)
-        windows, _ = positions(own[maybe[own >> np.uint64(42)]], hashes)
+        parts = (window_hashes(chunk[first : first + HASHED + WINDOW - 1]) for first in range(0, len(chunk), HASHED))
+        windows, _ = positions(np.concatenate([own[maybe[own >> np.uint64(42)]] for own in parts]), hashes)
         return np.bincount(chunk[:CHUNK], minlength=vocab_size), at, uses[found], windows
 
     counts, pair_counts = np.zeros(vocab_size, np.int64), np.zeros(len(pairs), np.int64)

@@ -24,7 +24,9 @@ from tinyllm.sanity.cost import flops_a_token
 
 WARM_UP, LEAST = 2, 3  # steps before the measurement, and within it
 OPTIMIZER = "the optimizer"
-# torch's names of operations begin so, or have it in them; the first that fits counts.
+# What an operation is part of says more than its own name: the optimizer, or an operation of `fast.py`.
+WITHIN = {OPTIMIZER: OPTIMIZER, "CrossEntropy": "loss", "RMSNorm": "norms", "ReLU2": "activations"}
+# Else torch's names of operations begin so, or have it in them; the first that fits counts.
 KINDS = {
     "loss": ("log_softmax", "nll_loss", "cross_entropy"),
     "attention": ("scaled_dot_product", "flash", "softmax"),
@@ -138,8 +140,8 @@ def kind_of(event: torch.autograd.profiler_util.FunctionEvent) -> str:
     """The kind of work an operation is; '' for what only holds others."""
     above = event
     while above is not None:
-        if above.name == OPTIMIZER:
-            return OPTIMIZER
+        if kind := WITHIN.get(above.name.removesuffix("Backward")):
+            return kind
         above = above.cpu_parent
     name = event.name.removeprefix("aten::").lower()
     for kind, words in KINDS.items():

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from tinyllm.tokenizer import END_OF_TEXT, byte_symbols, library, refuse_unknown, text_lengths, to_json, token_bytes
+from tinyllm.tokenizer import (
+    END_OF_TEXT,
+    byte_symbols,
+    library,
+    of_symbols,
+    refuse_unknown,
+    text_lengths,
+    to_json,
+    token_bytes,
+)
 
 Encode = Callable[[str], np.ndarray]
 CUT = "\0"  # put into a text where `with_cuts` says; no .txt has one
@@ -92,10 +101,10 @@ def as_tiktoken(tokenizer: Tokenizer, parts: dict[str, Any]) -> Encode | None:
     model, added = parts["model"], {token["content"]: token["id"] for token in parts["added_tokens"]}
     if parts["pre_tokenizer"] != GPT2_WORDS:
         return None
-    symbols = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+    symbols = set(byte_symbols())
     vocab = {token: id for token, id in model["vocab"].items() if token not in added}
     merged = [vocab.get("".join(merge), -1) for merge in model["merges"]]
-    if not symbols.keys() <= vocab.keys() or min(merged, default=0) < 0 or merged != sorted(set(merged)):
+    if not symbols <= vocab.keys() or min(merged, default=0) < 0 or merged != sorted(set(merged)):
         return None
     singles = {vocab[symbol] for symbol in symbols}
     if {*singles, *merged} != set(vocab.values()) or len(singles) + len(merged) != len(vocab):
@@ -104,7 +113,7 @@ def as_tiktoken(tokenizer: Tokenizer, parts: dict[str, Any]) -> Encode | None:
         return None
     import tiktoken
 
-    ranks = {bytes(symbols[c] for c in token): id for token, id in vocab.items()}
+    ranks = {of_symbols(token): id for token, id in vocab.items()}
     # Never allowed, so that its name is text. With no special token tiktoken finds the empty one at each character.
     special = {END_OF_TEXT: max(vocab.values()) + 1}
     encoding = tiktoken.Encoding("tinyllm", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)

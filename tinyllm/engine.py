@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tinyllm import checkpoint as ckpt
 from tinyllm import custom
@@ -31,6 +30,7 @@ from tinyllm.config import RunConfig, to_dict
 from tinyllm.data import IGNORED, BatchSource, open_tokens, prefetch
 from tinyllm.errors import CheckpointError, ConfigError, NonFiniteError, RunError, typed
 from tinyllm.events import Evaluated, Evaluation, Event, Finished, Note, Saving, StepDone, Stopped
+from tinyllm.fast import cross_entropy
 from tinyllm.model import GPT, init_weights
 from tinyllm.nonfinite import bad_tensor, first_bad
 from tinyllm.numbers import amount
@@ -208,7 +208,7 @@ def snapshot(run: Run, state: TrainState) -> ckpt.Checkpoint:
 
 def loss_fn(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy in nats of logits (B, T, V) against targets (B, T), in float32."""
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction=reduction)
+    return cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction)
 
 
 def train_step(

@@ -1,12 +1,14 @@
-"""Operations of the GPT that a CPU does faster than torch's own: the same formulas, in fewer passes over memory.
+"""Operations of a GPT that are faster here than torch's own: the same formulas, in fewer passes over memory.
 
     y = rms_norm(x, weight, eps=1e-6)
     y = relu2(x)
     y = dropout(x, 0.2, training=True)
     y = attend_by_products(q, k, v, 0.0)
+    loss = cross_entropy(logits, targets)
 
 A step of a small model waits for memory more than for arithmetic: what counts is how often a tensor is read and
-written, and in how many bytes. On other devices, and for the compiler, they are torch's.
+written, and in how many bytes. But for the loss, which saves memory everywhere, they are for the CPU: on other devices,
+and for the compiler, they are torch's.
 """
 
 import math
@@ -19,6 +21,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from tinyllm.data import IGNORED
+
+WIDE = 4096  # tokens of a vocabulary from which on its logits are more than a cache holds
+AT_ONCE, AT_ONCE_ELSEWHERE = 1 << 19, 1 << 26  # logits: a CPU's cache holds them, to a GPU each operation must be sent
 EPS = torch.finfo(torch.float32).eps  # which is torch.rms_norm's in float32
 
 
@@ -113,3 +119,50 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     with torch.autocast("cpu", enabled=False):  # which would take the softmax to float32
         scores = torch.baddbmm(ahead, q, k.mT, alpha=1 / math.sqrt(D))
         return torch.bmm(dropout(scores.softmax(-1), p, training=True), v).unflatten(0, (B, H))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """-log softmax(logits)[target] in nats, float32, of logits (N, V) and targets (N,); IGNORED ones do not count.
+
+    `reduction` is "mean", "sum" or "none". Those of a wide vocabulary are taken some rows at a time: torch's way is two
+    copies of them all in float32, and two more for the gradient.
+    """
+    if logits.shape[1] < WIDE:
+        return F.cross_entropy(logits.float(), targets, reduction=reduction)
+    losses = CrossEntropy.apply(logits, targets)
+    if reduction == "none":
+        return losses
+    return losses.sum() / (1 if reduction == "sum" else (targets != IGNORED).sum())
+
+
+class CrossEntropy(Function):
+    """Row by row log(sum(exp(logits))) - logits[target]. Its gradient is softmax(logits), less one at the target.
+
+    Logits are taken less the largest of their row: a sum of thousands would round away what they differ by.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        at_once = AT_ONCE if logits.device.type == "cpu" else AT_ONCE_ELSEWHERE
+        ctx.rows = max(1, at_once // logits.shape[1])
+        largest = logits.amax(1, keepdim=True).float()
+        sums = [
+            (part - top).exp_().sum(1)
+            for part, top in zip(logits.split(ctx.rows), largest.split(ctx.rows), strict=True)
+        ]
+        log_sums = torch.cat(sums).log_()[:, None]
+        ctx.save_for_backward(logits, targets, largest, log_sums)
+        chosen = logits.gather(1, targets.clamp(min=0)[:, None])
+        return (largest - chosen + log_sums)[:, 0].masked_fill(targets == IGNORED, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        logits, targets, largest, log_sums = ctx.saved_tensors
+        gradient, g = torch.empty_like(logits), g.masked_fill(targets == IGNORED, 0)
+        by_rows = (gradient, logits, largest, log_sums, targets.clamp(min=0)[:, None], g[:, None])
+        for out, part, top, log_sum, target, up in zip(*(x.split(ctx.rows) for x in by_rows), strict=True):
+            share = (part - top).sub_(log_sum).exp_()
+            share.scatter_(1, target, share.gather(1, target) - 1)
+            out.copy_(share.mul_(up))
+        return gradient, None

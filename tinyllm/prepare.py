@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -35,7 +36,7 @@ from tinyllm.download import Meter, Progress, watched
 from tinyllm.encoding import Encoder
 from tinyllm.errors import DataError
 from tinyllm.files import locked, write_text
-from tinyllm.sources import Input, divided, download, find_boundary, inputs, stats
+from tinyllm.sources import Extent, Input, divided, download, extent, inputs, stats
 from tinyllm.tokenizer import KINDS, build, digest, end_of_text, from_json, to_json
 from tinyllm.writing import JOURNAL, Done, Split, encoded, read_journal, write_journal, write_tokens
 
@@ -89,7 +90,7 @@ def prepare(config: DataConfig, *, force: bool = False) -> Iterator[Progress | P
         yield from watched("downloading", partial(download, file))
     folder = Path(config.dir)
     try:
-        known = stats(read_files(config), {})
+        text, known = yield from looked_at(config)
         made_of = {"version": VERSION, **fingerprint(config, known)}
         folder.mkdir(parents=True, exist_ok=True)
         finish_move(folder)
@@ -101,7 +102,7 @@ def prepare(config: DataConfig, *, force: bool = False) -> Iterator[Progress | P
                     aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder))
                     until_done.enter_context(locked(aside))
             try:
-                prepared = yield from write_all(config, aside, known, made_of)
+                prepared = yield from write_all(config, aside, text, known, made_of)
                 publish(aside, folder)
             except BaseException as error:
                 # Who prepares the same again goes on from what a kill, or Ctrl-C, has left.
@@ -233,16 +234,27 @@ def read_files(config: DataConfig) -> list[Input]:
 # ---- Making the files ----
 
 
+def looked_at(config: DataConfig) -> Generator[Progress, None, tuple[Extent, dict[str, Any]]]:
+    """How long the text is, and what `stats` says of the inputs: both read all of it, at once. Raises DataError."""
+    meter = Meter()
+    with ThreadPoolExecutor(1, "tinyllm-hashing") as pool:
+        known = pool.submit(stats, read_files(config), {}, meter)
+        try:
+            text = yield from extent(config, inputs(config))
+            return text, known.result()
+        finally:
+            meter.stopped = True
+
+
 def write_all(
-    config: DataConfig, folder: Path, known: dict[str, Any], made_of: dict[str, Any]
+    config: DataConfig, folder: Path, text: Extent, known: dict[str, Any], made_of: dict[str, Any]
 ) -> Generator[Progress, None, Prepared]:
     """Make all four files in `folder`, or what is missing of them. `known`: what `stats` says of the inputs."""
     files = inputs(config)
-    boundary, characters, text_bytes = yield from find_boundary(config, files)
 
     def texts(meter: Meter) -> Iterator[str]:
-        meter.total = text_bytes
-        for split, piece in divided(config, files, boundary):
+        meter.total = text.text_bytes
+        for split, piece in divided(config, files, text):
             meter.update(len(piece.text.encode()))
             # A BPE learns from the training split only. Characters come from all of the text: no figure is
             # better for it, and the validation split would not be encodable if it had a character of its own.
@@ -250,7 +262,7 @@ def write_all(
                 yield piece.text
 
     def work(meter: Meter) -> Tokenizer:
-        return build(config.tokenizer, texts(meter), vocab_size=config.vocab_size, documents=boundary.marked)
+        return build(config.tokenizer, texts(meter), vocab_size=config.vocab_size, documents=text.marked)
 
     if done := read_journal(folder, made_of):
         tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -262,15 +274,15 @@ def write_all(
         write_journal(folder, made_of, done := Done(digest(tokenizer_json)))
     encoder, end = Encoder(tokenizer), end_of_text(tokenizer)
     vocab_size = len(encoder.sizes)
-    parts = encoded(divided(config, files, boundary), encoder, end, config.source, skip=done.batches)
-    done = yield from write_tokens(parts, folder, made_of, done, vocab_size=vocab_size, total=text_bytes)
-    if done.train.characters + done.val.characters != characters:
+    parts = encoded(divided(config, files, text), encoder, end, config.source, skip=done.batches)
+    done = yield from write_tokens(parts, folder, made_of, done, vocab_size=vocab_size, total=text.text_bytes)
+    if done.train.characters + done.val.characters != text.characters:
         raise DataError("the text changed while it was being read", where=config.source, fix="prepare again")
     for part in compare(open_tokens(folder / "train.bin")[0], open_tokens(folder / "val.bin")[0], vocab_size):
         if isinstance(part, Baselines):
             baselines = part
         else:
-            yield Progress("comparing the splits", int(text_bytes * part), text_bytes)
+            yield Progress("comparing the splits", int(text.text_bytes * part), text.text_bytes)
     prepared = Prepared(
         dir=config.dir,
         source=config.source,

@@ -8,7 +8,7 @@
 A line of .jsonl is a document, and so is what lies between two `data.separator`s of a .txt. A .txt without
 any is unmarked: no document ends in it, unless it is read together with marked files. Long texts come in
 parts, so that memory stays flat. Text must be UTF-8, and is: nothing is replaced or skipped silently.
-`find_boundary` and `divided` cut the stream into the training and the validation split.
+`extent` and `divided` cut the stream into the training and the validation split.
 """
 
 import codecs
@@ -109,30 +109,36 @@ def local_files(source: str) -> list[Path]:
     return found
 
 
-def stats(files: Iterable[Input], known: dict[str, Any]) -> dict[str, Any]:
+def stats(files: Iterable[Input], known: dict[str, Any], meter: Meter | None = None) -> dict[str, Any]:
     """Size, time of change (ns) and SHA-256 of each file by name. Raises DataError if one cannot be read.
 
     A file whose size and time are as `known`, an earlier result of this, is not read again; one that is gone
     is reported as it was known.
     """
-    found = {}
+    found, meter = {}, meter or Meter()
     for file in files:
         old = known.get(file.name)
         if old and not file.path.exists():
             found[file.name] = old
             continue
-        try:
-            stat = file.path.stat()
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}", where=file.name) from None
+        stat = status(file)
         if old and (old["size"], old["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
             found[file.name] = old
             continue
         sha256 = hashlib.sha256()
         for block in read_blocks(file):
             sha256.update(block)
+            meter.update(len(block))
         found[file.name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256.hexdigest()}
     return found
+
+
+def status(file: Input) -> os.stat_result:
+    """Size and times of a file. Raises DataError."""
+    try:
+        return file.path.stat()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=file.name) from None
 
 
 def download(file: Input, meter: Meter) -> None:
@@ -222,11 +228,14 @@ def split_text(blocks: Iterator[str], separator: str, *, documents: bool) -> Ite
             for document in whole:
                 yield from end_document(last, document.strip("\r\n") if not last else document.rstrip("\r\n"))
                 last = ""
-        while len(text) > 2 * PART:
-            at = cut(text, PART)
+        start = 0
+        while len(text) - start > 2 * PART:
             if last:
                 yield Piece(last, False)
-            last, text = text[:at] if last or not separator else text[:at].lstrip("\r\n"), text[at:]
+            end = cut(text, start + PART, start)
+            part, start = text[start:end], end
+            last = part if last or not separator else part.lstrip("\r\n")
+        text = text[start:]
     if separator:
         text = text.rstrip("\r\n") if last else text.strip("\r\n")
     if documents:
@@ -243,13 +252,13 @@ def end_document(last: str, text: str) -> Iterator[Piece]:
         yield Piece(text or last, True)
 
 
-def cut(text: str, wanted: int) -> int:
-    """A place at or before `wanted` to cut a longer text in two without changing its tokens.
+def cut(text: str, wanted: int, start: int = 0) -> int:
+    """A place after `start`, at or before `wanted`, to cut a longer text in two without changing its tokens.
 
     Between a letter or digit and the white space after it. GPT-2's words (and those of its heirs) never go
     across such a place, so the ids of the two halves are the ids of the whole; at a line start not always.
     """
-    for at in range(wanted, 0, -1):
+    for at in range(wanted, start, -1):
         if text[at].isspace() and text[at - 1].isalnum():
             return at
     return wanted
@@ -301,18 +310,20 @@ def json_text(line: bytes, key: str, where: str) -> str:
 
 
 @dataclass(frozen=True)
-class Boundary:
-    """Where the validation split begins: after this many documents, or (when `documents` is 0) characters."""
+class Extent:
+    """How long the text is, and where its validation split begins."""
 
-    documents: int
     characters: int
-    marked: bool  # documents are marked in the text
+    text_bytes: int  # UTF-8
+    marked: bool  # documents are marked in it
+    train_documents: int  # after so many validation begins; 0: after so many characters
+    train_characters: int = 0
 
 
-def find_boundary(config: DataConfig, files: tuple[Input, ...]) -> Generator[Progress, None, tuple[Boundary, int, int]]:
-    """Where to divide the text; its characters and its UTF-8 bytes. Reads all of it. Raises DataError."""
+def extent(config: DataConfig, files: tuple[Input, ...]) -> Generator[Progress, None, Extent]:
+    """How long the text is, and where to divide it. Reads all of it. Raises DataError."""
     documents = characters = text_bytes = 0
-    total, shown = sum(file.path.stat().st_size for file in files), 0
+    total, shown = sum(status(file).st_size for file in files), 0
     marked = False
     for piece in pieces(config, files):
         documents += piece.end
@@ -324,22 +335,22 @@ def find_boundary(config: DataConfig, files: tuple[Input, ...]) -> Generator[Pro
             yield Progress("reading", text_bytes, total)
     train = int(documents * (1 - config.val_fraction))
     if documents > 1:
-        return Boundary(min(max(train, 1), documents - 1), 0, True), characters, text_bytes
+        return Extent(characters, text_bytes, True, min(max(train, 1), documents - 1))
     train = int(characters * (1 - config.val_fraction))  # as nanoGPT does
     if not 0 < train < characters:
         what = f"{characters:,} characters cannot be divided by data.val_fraction = {config.val_fraction}"
         raise DataError(what, where=config.source, fix="more text, or another data.val_fraction")
-    return Boundary(0, train, marked), characters, text_bytes
+    return Extent(characters, text_bytes, marked, 0, train)
 
 
-def divided(config: DataConfig, files: tuple[Input, ...], boundary: Boundary) -> Iterator[tuple[str, Piece]]:
+def divided(config: DataConfig, files: tuple[Input, ...], extent: Extent) -> Iterator[tuple[str, Piece]]:
     """Each piece of text with the name of its split; the one across the boundary is cut in two."""
     documents = characters = 0
     for piece in pieces(config, files):
-        if boundary.documents:
-            yield ("train" if documents < boundary.documents else "val"), piece
+        if extent.train_documents:
+            yield ("train" if documents < extent.train_documents else "val"), piece
         else:
-            train = min(max(boundary.characters - characters, 0), len(piece.text))
+            train = min(max(extent.train_characters - characters, 0), len(piece.text))
             if train:
                 yield "train", Piece(piece.text[:train], piece.end and train == len(piece.text))
             if train < len(piece.text):

@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,6 @@ def vocabulary(tokenizer: Tokenizer) -> list[bytes]:
     decoder = str(tokenizer.decoder)
     added = tokenizer.get_added_tokens_decoder()
     unknown = getattr(tokenizer.model, "unk_token", None)
-    symbols = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     tokens = tokenizer.get_vocab(with_added_tokens=True)
     size = max(tokens.values(), default=-1) + 1
     if size > 2 * len(tokens) + 1000:
@@ -277,12 +277,26 @@ def vocabulary(tokenizer: Tokenizer) -> list[bytes]:
         elif token == unknown:
             continue
         elif "ByteLevel" in decoder:
-            table[id] = bytes(symbols[c] for c in token) if all(c in symbols for c in token) else token.encode()
+            table[id] = of_symbols(token) or token.encode()
         elif "ByteFallback" in decoder and re.fullmatch("<0x[0-9A-F]{2}>", token):
             table[id] = bytes.fromhex(token[3:5])
         else:  # SentencePiece writes a space as U+2581
             table[id] = (token.replace("\u2581", " ") if "\u2581" in decoder else token).encode()
     return table
+
+
+def of_symbols(token: str) -> bytes:
+    """The bytes that a token's characters stand for in a byte-level vocabulary; empty if one stands for none."""
+    try:
+        return token.translate(bytes_of_symbols()).encode("latin-1")
+    except UnicodeEncodeError:
+        return b""
+
+
+@cache
+def bytes_of_symbols() -> dict[int, int]:
+    """The byte of each symbol, both as code points; one that is no byte for the bytes that stand for nothing."""
+    return dict.fromkeys(range(256), 256) | {ord(symbol): byte for byte, symbol in enumerate(byte_symbols())}
 
 
 def byte_symbols() -> list[str]:

@@ -114,6 +114,7 @@ RUNS = [
     *gpt("aligned documents", "train.align_documents=true"),
     *gpt("padded vocabulary", "model.vocab_size=128"),
     *gpt("much padded vocabulary, untied", "model.vocab_size=1024", "model.tie_embeddings=false"),
+    *gpt("wide vocabulary", "model.vocab_size=4096"),
     *gpt("constant rate", "schedule.kind=constant"),
     *gpt("linear to zero", "schedule.kind=linear", "optim.min_lr=0.0"),
     *gpt("decay ends early", "schedule.decay_steps=300"),

@@ -2,7 +2,8 @@
 
 from planted.bug import bug
 
-LOSS = "F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction=reduction)"
+LOSS = "cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction)"
+NARROW = "F.cross_entropy(logits.float(), targets, reduction=reduction)"
 WEIGHTED = "micro_loss = loss_fn(logits, y) * share"
 BACKWARD = "        micro_loss.backward()\n"
 CLIP = "    norm = clip_gradients(state, config.optim.grad_clip)\n"
@@ -12,6 +13,7 @@ RATE = "    set_learning_rate(state.optimizers, rate)\n"
 ADAMW = "AdamW(list(as_dicts.values()), config.betas, config.eps)"
 IMPORT = "from torch.optim.adamw import adamw\n"
 BFLOAT16 = ("runtime.dtype=bfloat16",)
+WIDE = ("model.vocab_size=4096",)
 
 BUGS = [
     # ---- The loss ----
@@ -19,7 +21,7 @@ BUGS = [
         "sum for mean",
         "reduction='sum': the rate means something else now",
         "loss",
-        ("engine.py", LOSS, LOSS.replace("reduction=reduction", "reduction='sum'")),
+        ("engine.py", LOSS, LOSS.replace("reduction)", "'sum')")),
     ),
     bug(
         "mean over the batch only",
@@ -28,7 +30,7 @@ BUGS = [
         (
             "engine.py",
             LOSS,
-            LOSS.replace("reduction=reduction", "reduction='sum'") + " / (1 if reduction == 'sum' else len(targets))",
+            LOSS.replace("reduction)", "'sum')") + " / (1 if reduction == 'sum' else len(targets))",
         ),
     ),
     bug(
@@ -38,32 +40,32 @@ BUGS = [
         (
             "engine.py",
             LOSS,
-            "F.cross_entropy(logits[:, :-1].flatten(0, -2).float(), targets[:, 1:].flatten(), reduction=reduction)",
+            "cross_entropy(logits[:, :-1].flatten(0, -2), targets[:, 1:].flatten(), reduction)",
         ),
     ),
     bug(
         "softmax before the loss",
         "cross_entropy does it itself",
         "loss",
-        ("engine.py", LOSS, LOSS.replace(".float()", ".float().softmax(-1)")),
+        ("engine.py", LOSS, LOSS.replace("-2)", "-2).float().softmax(-1)")),
     ),
     bug(
         "label smoothing",
         "left from a classifier",
         "loss",
-        ("engine.py", LOSS, LOSS.replace("reduction=", "label_smoothing=0.1, reduction=")),
+        ("fast.py", NARROW, NARROW.replace("reduction=", "label_smoothing=0.1, reduction=")),
     ),
     bug(
         "temperature in the loss",
         "sampling's division",
         "loss",
-        ("engine.py", LOSS, LOSS.replace(".float()", ".float().div(0.8)")),
+        ("engine.py", LOSS, LOSS.replace("-2)", "-2).float().div(0.8)")),
     ),
     bug(
         "token 0 ignored",
         "ignore_index=0 for a padding that this vocabulary does not have",
         "loss",
-        ("engine.py", LOSS, LOSS.replace("reduction=", "ignore_index=0, reduction=")),
+        ("fast.py", NARROW, NARROW.replace("reduction=", "ignore_index=0, reduction=")),
     ),
     bug(
         "ignored targets count",
@@ -75,7 +77,7 @@ BUGS = [
         "only the last position learns",
         "logits[:, -1]",
         "loss",
-        ("engine.py", LOSS, "F.cross_entropy(logits[:, -1].float(), targets[:, -1], reduction=reduction)"),
+        ("engine.py", LOSS, "cross_entropy(logits[:, -1], targets[:, -1], reduction)"),
     ),
     bug(
         "the second half only",
@@ -99,7 +101,7 @@ BUGS = [
         "the loss in bfloat16",
         "no float(): steps of 0.03 nats",
         ("loss", "precision"),
-        ("engine.py", ".flatten(0, -2).float()", ".flatten(0, -2)"),
+        ("fast.py", NARROW, NARROW.replace(".float()", "")),
         set=BFLOAT16,
     ),
     bug(
@@ -113,6 +115,27 @@ BUGS = [
         ),
     ),
     bug("bits for nats", "divided by ln 2", "loss", ("engine.py", LOSS, LOSS + " / math.log(2)")),
+    bug(
+        "the target left out of the gradient",
+        "the probabilities alone, in the loss of a wide vocabulary: all logits are pushed down",
+        "gradient",
+        ("fast.py", "share.gather(1, target) - 1)", "share.gather(1, target))"),
+        set=WIDE,
+    ),
+    bug(
+        "probabilities that do not add up",
+        "exp without its sum, in the gradient of the loss of a wide vocabulary",
+        "gradient",
+        ("fast.py", ".sub_(log_sum).exp_()", ".exp_()"),
+        set=WIDE,
+    ),
+    bug(
+        "ignored targets count, of many tokens",
+        "the mean over all rows, in the loss of a wide vocabulary",
+        "loss",
+        ("fast.py", "(targets != IGNORED).sum())", "len(targets))"),
+        set=WIDE,
+    ),
     bug(
         "the gradient of another loss",
         "the loss shown is right, the one that is differentiated is smoothed",
