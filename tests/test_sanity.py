@@ -18,7 +18,7 @@ from tinyllm.errors import ConfigError, RunError
 from tinyllm.optim import build_optimizers
 from tinyllm.sanity import CHECKS, Check, select
 from tinyllm.sanity.config import closed_form
-from tinyllm.sanity.data import locate
+from tinyllm.sanity.data import places_of
 from tinyllm.sanity.instruments import cross_entropy, reference_gradients, token_file, variant, wake, watched
 from tinyllm.sanity.model import INITIAL_LOSS_TOLERANCE
 from tinyllm.sanity.optimizer import adamw_error, muon_error
@@ -242,17 +242,17 @@ def test_the_reference_gradient_is_autograds(make_run):
         torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_locate_finds_where_a_window_lies(make_run):
+@pytest.mark.parametrize("length", [3, 40])
+def test_all_places_of_a_window_are_found(make_run, length):
     run = make_run()
     path = engine.Path(run.data.dir) / "train.bin"
-    tokens = token_file(path)
-    for at in (0, 77, len(tokens) - 40):
-        found = locate(path, np.array(tokens[at : at + 40]))
-        assert np.array_equal(tokens[found : found + 40], tokens[at : at + 40])
-        last = locate(path, np.array(tokens[at : at + 40]), last=True)
-        assert found <= at <= last
-        assert np.array_equal(tokens[last : last + 40], tokens[at : at + 40])
-    assert locate(path, np.array(tokens[5:45])[::-1]) is None
+    tokens = token_file(path).tolist()
+    for at in (0, 77, len(tokens) - length):
+        row = tokens[at : at + length]
+        expected = [i for i in range(len(tokens) - length + 1) if tokens[i : i + length] == row]
+        assert list(places_of(np.array(row), path, backwards=False)) == expected
+        assert list(places_of(np.array(row), path)) == expected[::-1]
+    assert not list(places_of(np.array(tokens[5:45])[::-1], path))
 
 
 def test_the_evaluation_of_a_subject_starts_from_the_runs_own_weights(make_run):

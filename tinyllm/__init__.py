@@ -1,8 +1,13 @@
 """tinyllm: train a small language model from one TOML file."""
 
-from importlib.metadata import PackageNotFoundError, version
 
-try:
-    __version__ = version("tinyllm")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0"
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when it is asked for: that takes as long as a third of `tinyllm --help`."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("tinyllm")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0"

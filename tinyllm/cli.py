@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinyllm import __version__, ui, ui_sanity
+import tinyllm
+from tinyllm import ui, ui_sanity
 from tinyllm.errors import ConfigError, RunError, TinyLLMError, is_out_of_memory, typed
 from tinyllm.process import Interrupted, open_streams, stop_on_signals
 
@@ -94,7 +95,7 @@ def main() -> None:
 
 def show_version(wanted: bool) -> None:
     if wanted:
-        ui.result(f"tinyllm {__version__}")
+        ui.result(f"tinyllm {tinyllm.__version__}")
         raise typer.Exit
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
-from tinyllm import __version__
+import tinyllm
 from tinyllm.errors import TinyLLMError, typed
 from tinyllm.events import Evaluated, Evaluation, Event, Finished, Note, Saved, SaveFailed, StepDone, Stopped
 from tinyllm.examples import Example
@@ -171,7 +171,7 @@ def show_run(run: "Run", groups: Sequence["ParameterGroup"], step: int) -> None:
         table.add_row(name, text)
     console = stderr()
     goes_on = f" goes on at step {step:,}" if step else ""
-    console.print(Text.assemble((f"tinyllm {__version__}", "bold"), f"  {train.out_dir}/{goes_on}"))
+    console.print(Text.assemble((f"tinyllm {tinyllm.__version__}", "bold"), f"  {train.out_dir}/{goes_on}"))
     console.print(table, soft_wrap=False)
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import mmap
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -281,23 +283,23 @@ def placed(subject: Subject, rows: np.ndarray, expected: str) -> Result:
     """The verdict on where in the training file the rows (n, T + 1) lie."""
     train = Path(subject.run.data.dir) / "train.bin"
     few = rows if train.stat().st_size < SEARCHED else rows[:6]
-    places = [locate(train, row) for row in few]
-    if None in places:
-        row = few[places.index(None)]
-        if locate(train.with_name("val.bin"), row) is not None:
+    places = [list(islice(places_of(row, train), 2)) for row in few]  # the second tells whether it is the only one
+    if [] in places:
+        row = few[places.index([])]
+        if next(places_of(row, train.with_name("val.bin")), None) is not None:
             diagnosis = "training reads the validation split: its loss would mean nothing"
             return failed("a window of val.bin", expected, diagnosis, "read train.bin for training")
         diagnosis = "the ids of a batch are nowhere in train.bin in this order"
         fix = "take whole windows, in the file's order"
         return failed("a window that is not in train.bin", expected, diagnosis, fix)
-    found = np.array([place for place in places if place is not None])
+    found = np.array([last for last, *_ in places])
     steps = np.diff(found)
     tokens = len(subject.tokens["train"])
     if len(found) > 8 and (np.mean(steps > 0) > 0.9 or np.mean(steps < 0) > 0.9):
         diagnosis = "windows come in the order of the file: each step sees one kind of text only"
         return failed("windows in the file's order", expected, diagnosis, "shuffle them")
     # Of a sentence that occurs again nobody knows where it was read.
-    once = np.array([p for p, row in zip(found, few, strict=True) if p == locate(train, row, last=True)])
+    once = np.array([last for last, *others in places if not others])
     reach = float(np.ptp(once)) / tokens if len(once) > 20 else 1.0
     if reach < 0.5 and tokens > 100 * rows.shape[1]:
         diagnosis = f"64 windows drawn at random all lie within {reach:.0%} of the file: the rest is never read"
@@ -305,13 +307,14 @@ def placed(subject: Subject, rows: np.ndarray, expected: str) -> Result:
     return passed(f"{len(found)} windows found in train.bin, in random order", "y[t] = x[t + 1]")
 
 
-def locate(path: Path, row: np.ndarray, *, last: bool = False) -> int | None:
-    """The first (or the last) place, in tokens, where a token file has this row; None for nowhere."""
+def places_of(row: np.ndarray, path: Path, *, backwards: bool = True) -> Iterator[int]:
+    """Where a token file has this row, in tokens: from the last place to the first, which is quicker, or onwards."""
     header = read_header(path)
     wanted = row.astype(f"<u{header.itemsize}").tobytes()
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         first = content.size() - header.count * header.itemsize
-        at = content.rfind(wanted, first) if last else content.find(wanted, first)
-        while at >= 0 and (at - first) % header.itemsize:  # between two ids
-            at = content.rfind(wanted, first, at + len(wanted) - 1) if last else content.find(wanted, at + 1)
-    return (at - first) // header.itemsize if at >= 0 else None
+        at = content.rfind(wanted, first) if backwards else content.find(wanted, first)
+        while at >= 0:
+            if (at - first) % header.itemsize == 0:  # not between two ids
+                yield (at - first) // header.itemsize
+            at = content.rfind(wanted, first, at + len(wanted) - 1) if backwards else content.find(wanted, at + 1)

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tinyllm.data import IGNORED, BatchSource
 from tinyllm.engine import Run, TrainState, evaluate, evaluate_both, train_step
 from tinyllm.runtime import compiled, seed_torch
-from tinyllm.sanity.data import locate
+from tinyllm.sanity.data import places_of
 from tinyllm.sanity.instruments import (
     apart,
     called,
@@ -111,10 +112,11 @@ def misread(subject: Subject, split: str, n_windows: int) -> str:
             if not np.array_equal(x[1:length], y[: length - 1]):
                 return "targets that are not the inputs one token on"
             whole = np.append(x[:length], y[length - 1])
-            first = locate(path, whole)
-            if first is None:
-                return f"windows of {other.name}" if locate(other, whole) is not None else "windows of no file"
-            places += [first, locate(path, whole, last=True)]  # it may occur more than once
+            last = next(places_of(whole, path), None)
+            if last is None:
+                elsewhere = next(places_of(whole, other), None) is not None
+                return f"windows of {other.name}" if elsewhere else "windows of no file"
+            places += [last, *islice(places_of(whole, path, backwards=False), 1)]  # it may occur more than once
         if large:
             break
     tokens = len(subject.tokens[split])
