@@ -117,6 +117,30 @@ def test_the_script_and_the_module_are_the_same_program(tmp_path):
     assert module.stdout == version
 
 
+def test_garbage_is_looked_for_again_after_an_import():
+    """But not in what was imported; nor does an import that fails leave the search switched off."""
+    code = """
+import gc, weakref
+from tinyllm.process import importing
+with importing():
+    import decimal
+    assert not gc.isenabled()
+assert gc.isenabled() and gc.get_freeze_count() > 1000
+try:
+    with importing():
+        import no_such_module
+except ModuleNotFoundError:
+    assert gc.isenabled()
+class Ring: pass
+ring = Ring()
+ring.self, gone = ring, weakref.ref(ring)
+del ring
+gc.collect()
+assert gone() is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(tinyllm.__file__).parents[1])
+
+
 def test_help_is_instant_and_names_every_command(tmp_path):
     """Instant: what takes its time to be imported is not."""
     code = (

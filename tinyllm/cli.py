@@ -21,7 +21,7 @@ import typer
 import tinyllm
 from tinyllm import ui, ui_sanity
 from tinyllm.errors import ConfigError, RunError, TinyLLMError, is_out_of_memory, typed
-from tinyllm.process import Interrupted, open_streams, stop_on_signals
+from tinyllm.process import Interrupted, importing, open_streams, stop_on_signals
 
 if TYPE_CHECKING:
     from tinyllm.checkpoint import Found
@@ -93,8 +93,7 @@ def main() -> None:
         ui.show_error(TinyLLMError(error.strerror or str(error), where=str(error.filename or "")))
         sys.exit(2)
     finally:
-        # Python ends with a search for garbage in all there is: of torch's objects that takes 0.3 s, and frees nothing.
-        gc.freeze()
+        gc.freeze()  # or Python, at its end, searches all there is for garbage, for half a second
 
 
 def show_version(wanted: bool) -> None:
@@ -182,10 +181,11 @@ def sanity(
         return
     settings = read_config(path, set_)
     checks = chosen_checks(only, skip, quick)
-    from tinyllm.engine import open_run
-    from tinyllm.sanity import sanity
-    from tinyllm.sanity.page import refuse, write_page
-    from tinyllm.sanity.report import Report
+    with importing():
+        from tinyllm.engine import open_run
+        from tinyllm.sanity import sanity
+        from tinyllm.sanity.page import refuse, write_page
+        from tinyllm.sanity.report import Report
 
     if out is not None:
         refuse(out)  # before anything that takes its time
@@ -206,7 +206,8 @@ def sanity(
 
 def chosen_checks(only: list[str] | None, skip: list[str] | None, quick: bool) -> "tuple[Check, ...]":
     """The checks that the options leave; each may be repeated, or hold several names with commas between."""
-    from tinyllm.sanity import select
+    with importing():
+        from tinyllm.sanity import select
 
     parts = [[part.strip() for text in texts or () for part in text.split(",")] for texts in (only, skip)]
     checks = select(*([name for name in names if name] for names in parts), quick=quick)
@@ -245,8 +246,9 @@ def bench(
     settings = read_config(path, set_)
     with redirect_stdout(sys.stderr) if json_ else nullcontext():  # a model of the user's own may print
         prepare_if_missing(settings)
-        from tinyllm.bench import bench
-        from tinyllm.engine import open_run
+        with importing():
+            from tinyllm.bench import bench
+            from tinyllm.engine import open_run
 
         run = open_run(settings)
         ui.note(run.runtime.summary)
@@ -266,13 +268,15 @@ def train(
 ) -> None:
     """Check a model in seconds, then train it; evaluate it and save it on the way."""
     settings = read_config(path, set_)
-    from tinyllm.folder import claimed, clear, keep_config, refuse
+    with importing():
+        from tinyllm.folder import claimed, clear, keep_config, refuse
 
     out_dir = settings.train.out_dir
     keep_config(path, settings)
     refuse(out_dir, overwrite)  # before the data is prepared, which may take long
     prepare_if_missing(settings)
-    from tinyllm.engine import new_state, open_run
+    with importing():
+        from tinyllm.engine import new_state, open_run
 
     run = open_run(settings)
     if not no_sanity:
@@ -286,7 +290,8 @@ def train(
 
 def preflight(run: "Run") -> None:
     """Do the quick checks, which leave no trace, and exit with 1 if one fails."""
-    from tinyllm.sanity import sanity, select
+    with importing():
+        from tinyllm.sanity import sanity, select
 
     checks = select(quick=True)
     failures = ui_sanity.show_preflight(checks, sanity(run, checks))
@@ -305,9 +310,10 @@ def resume(
     set_: Overrides = None,
 ) -> None:
     """Go on with a run that was stopped, to the last bit as if it never had been."""
-    from tinyllm.engine import open_run, restore
-    from tinyllm.folder import claimed, reopen
-    from tinyllm.metrics import trim
+    with importing():
+        from tinyllm.engine import open_run, restore
+        from tinyllm.folder import claimed, reopen
+        from tinyllm.metrics import trim
 
     settings, found = reopen(checkpoint, set_ or ())
     note_found(found, settings)
@@ -328,9 +334,10 @@ def eval(
     set_: Overrides = None,
 ) -> None:
     """Measure a checkpoint's loss on both splits."""
-    from tinyllm.checkpoint import BEST
-    from tinyllm.engine import evaluate, open_run, restore
-    from tinyllm.folder import reopen
+    with importing():
+        from tinyllm.checkpoint import BEST
+        from tinyllm.engine import evaluate, open_run, restore
+        from tinyllm.folder import reopen
 
     settings, found = reopen(checkpoint, set_ or (), BEST)
     note_found(found, settings)
@@ -359,9 +366,10 @@ def sample(
     ] = None,
 ) -> None:
     """Let a trained model speak."""
-    from tinyllm.checkpoint import BEST
-    from tinyllm.folder import reopen
-    from tinyllm.generate import Sampling, Speaker
+    with importing():
+        from tinyllm.checkpoint import BEST
+        from tinyllm.folder import reopen
+        from tinyllm.generate import Sampling, Speaker
 
     text = read_prompt(prompt, prompt_file)
     settings, found = reopen(checkpoint, set_ or (), BEST, may_change=("model.class",))

@@ -1,12 +1,15 @@
-"""The process that we are: its standard streams, its cores, and the signals that ask it to stop.
+"""The process that we are: its standard streams, its cores, what it imports, and the signals that ask it to stop.
 
 open_streams()
+with importing():
+    from tinyllm.engine import train
 with stop_on_signals(note) as stop:
     for event in train(run, state, stop):        # ends by itself, soon after stop() has turned true
         ...
 stop.signal                                      # which it was, or 0
 """
 
+import gc
 import io
 import os
 import signal
@@ -29,6 +32,21 @@ def open_streams() -> None:
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """While torch is imported no search for garbage, and later none in what it has brought.
+
+    That is a quarter of a million objects, which stay. To look through them takes 0.1 s, and happens on the way, when a
+    later module is imported, and now and then in a run.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class Interrupted(BaseException):
