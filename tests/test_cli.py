@@ -120,25 +120,29 @@ def test_the_script_and_the_module_are_the_same_program(tmp_path):
 def test_garbage_is_looked_for_again_after_an_import():
     """But not in what was imported; nor does an import that fails leave the search switched off."""
     code = """
-import gc, weakref
+import gc, json, weakref
 from tinyllm.process import importing
+said = {}
 with importing():
     import decimal
-    assert not gc.isenabled()
-assert gc.isenabled() and gc.get_freeze_count() > 1000
+    said["meanwhile"] = gc.isenabled()
+said["after"], said["frozen"] = gc.isenabled(), gc.get_freeze_count()
 try:
     with importing():
         import no_such_module
 except ModuleNotFoundError:
-    assert gc.isenabled()
+    said["after a failure"] = gc.isenabled()
 class Ring: pass
 ring = Ring()
 ring.self, gone = ring, weakref.ref(ring)
 del ring
 gc.collect()
-assert gone() is None
+print(json.dumps(said | {"found": gone() is None}))
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(tinyllm.__file__).parents[1])
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    said = json.loads(found.stdout)
+    assert said.pop("frozen") > 1000
+    assert said == {"meanwhile": False, "after": True, "after a failure": True, "found": True}
 
 
 def test_help_is_instant_and_names_every_command(tmp_path):
