@@ -15,7 +15,18 @@ from tinyllm import checkpoint as ckpt
 from tinyllm import tokenizer as tok
 from tinyllm.config import RunConfig
 from tinyllm.data import IGNORED
-from tinyllm.engine import Run, TrainState, evaluate, new_state, open_run, restore, snapshot, train, train_step
+from tinyllm.engine import (
+    Run,
+    TrainState,
+    evaluate,
+    new_state,
+    open_run,
+    restore,
+    snapshot,
+    train,
+    train_step,
+    usual_limit,
+)
 from tinyllm.errors import CheckpointError, ConfigError, DataError, NonFiniteError, RunError
 from tinyllm.events import Evaluated, Finished, Saved, Saving, StepDone, Stopped
 from tinyllm.folder import reopen
@@ -332,6 +343,13 @@ def test_clipping_bounds_what_the_optimizer_gets(make_run, monkeypatch, limit):
     scale = min(1.0, limit / norm) if limit else 1.0
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, free[name] * scale, rtol=1e-4, atol=1e-9)
+
+
+def test_a_spike_is_six_standard_deviations_above_the_usual():
+    losses = np.random.default_rng(0).normal(2.5, 0.1, 128)
+    assert usual_limit(losses.tolist()) == pytest.approx(losses.mean() + 6 * losses.std(), rel=1e-12)
+    assert usual_limit([math.nan, *losses[:64].tolist(), math.inf]) == usual_limit(losses[:64].tolist())
+    assert usual_limit(losses[:63].tolist()) == math.inf, "too few to tell"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

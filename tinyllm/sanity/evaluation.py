@@ -34,7 +34,7 @@ def training_mode(subject: Subject) -> Result:
     run = small(subject)
     state = subject.own_state(run)
     state.model.eval()
-    with called(state.model) as calls:
+    with called(state.model) as calls, watched(state, hold=True):
         train_step(run, state, subject.batch)
     if not all(call.training for call in calls):
         diagnosis = "parts of the model are in evaluation mode during a training step: dropout is off"
@@ -61,7 +61,7 @@ def outputs_of_step(subject: Subject, run: Run, step: int, disturb: int) -> Tens
     state.step = step
     seed_torch(disturb)  # what was drawn before must not matter
     inputs, targets = (np.concatenate([a[: ROWS // 2]] * 2) for a in subject.batch)
-    with called(state.model) as calls:
+    with called(state.model) as calls, watched(state, hold=True):
         train_step(run, state, (inputs, targets))
     return torch.stack([call.output for call in calls if not call.name])
 
@@ -255,7 +255,7 @@ def computed_in(subject: Subject) -> set[torch.dtype]:
     """The dtypes of what the model's modules give in a step of the run's precision."""
     run = small(subject)
     state = subject.own_state(run)
-    with called(state.model) as calls:
+    with called(state.model) as calls, watched(state, hold=True):
         train_step(run, state, subject.batch)
     return {call.output.dtype for call in calls if isinstance(call.output, Tensor)}
 

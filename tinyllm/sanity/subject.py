@@ -20,9 +20,9 @@ from tinyllm.sanity.instruments import cross_entropy, logits_of, occurrences, st
 from tinyllm.sanity.measure import Cost, measure
 
 ROWS = 4  # sequences in the batch of a check: few are enough, but rows must be able to mix
-TOKENS = 16, 128  # its length, at least and at most
+TOKENS = 16, 32  # its length, at least and at most: every start of a run waits for these steps
 COMPARED = 1 << 24  # tokens of a split that are compared with the other
-BATCH_FLOPS = 1e10  # that a step on it may take; a large model gets a short batch
+BATCH_FLOPS = 4e9  # that a step on it may take; a large model gets a short batch
 
 
 class Subject:
