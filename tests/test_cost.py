@@ -155,6 +155,16 @@ def test_what_the_folder_holds_gives_way(make_run):
     assert again["free_bytes"] == pytest.approx(2 * one["checkpoint_bytes"], rel=0.01)
 
 
+def test_a_checkpoint_that_goes_while_we_look_is_none(make_run, monkeypatch):
+    """Another process is training in the folder, and keeps the last few only."""
+    run, found = make_run(), cost.ckpt.checkpoints
+    finish(run)
+    whole = cost.disk(Subject(run), free_bytes=0).values["free_bytes"]
+    gone = [Path(run.config.train.out_dir) / "ckpt-1.pt"]
+    monkeypatch.setattr(cost.ckpt, "checkpoints", lambda folder: gone + found(folder))
+    assert cost.disk(Subject(run), free_bytes=0).values["free_bytes"] == whole
+
+
 # ---- The process that measures ----
 
 

@@ -11,6 +11,7 @@ what it holds, and what that must be before anybody builds a model from it.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,19 @@ def checkpoints(folder: Path) -> list[Path]:
     except OSError:
         return []
     return sorted(found, key=age, reverse=True)
+
+
+def bytes_held(folder: Path) -> int:
+    """Bytes that a folder's checkpoints take; the latest and the best are often two names of one file.
+
+    One may go while we look: another process may be training there.
+    """
+    sizes: dict[tuple[int, int], int] = {}
+    for path in checkpoints(folder):
+        with suppress(FileNotFoundError):
+            file = path.stat()
+            sizes[file.st_dev, file.st_ino] = file.st_size
+    return sum(sizes.values())
 
 
 # ---- From a checkpoint to a model ----

@@ -29,7 +29,7 @@ import numpy as np
 from torch import Tensor
 
 from tinyllm import archive
-from tinyllm.checkpoint import BEST, LATEST, NAME, Checkpoint, checkpoints, save
+from tinyllm.checkpoint import BEST, LATEST, NAME, Checkpoint, bytes_held, save
 from tinyllm.errors import CheckpointError, RunError
 from tinyllm.events import Saved, SaveFailed
 from tinyllm.files import sync_folder
@@ -202,7 +202,7 @@ def check_room_for_two(out_dir: str | Path, tensors: int) -> None:
     """Raise RunError when the disk cannot hold two checkpoints of so many bytes: one is written beside the other."""
     folder = Path(out_dir)
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free + sum(path.stat().st_size for path in checkpoints(folder))
+    free = shutil.disk_usage(there).free + bytes_held(folder)
     if free < 2 * tensors:
         what = f"no room for checkpoints: two take {amount(2 * tensors, 'B')}, and {amount(free, 'B')} are free"
         raise RunError(what, where=f"{folder}/", fix="free some space, or another disk: --set train.out_dir=...")

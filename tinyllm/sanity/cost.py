@@ -129,8 +129,7 @@ def disk(subject: Subject, free_bytes: int | None = None) -> Result:
     peak = one * (2 * run.config.train.keep + 1) + rest
     free = shutil.disk_usage(existing(out_dir)).free if free_bytes is None else free_bytes
     # What the folder holds of a run goes before a new one begins, and is written over when it goes on.
-    files = [path.stat() for path in ckpt.checkpoints(out_dir)]
-    free += sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
+    free += ckpt.bytes_held(out_dir)
     values = {"checkpoint_bytes": one, "bytes_on_disk": kept, "peak_bytes_on_disk": peak, "free_bytes": free}
     measured = f"{size_of(kept)} in the end, a checkpoint is {size_of(one)}; up to {size_of(peak)} on the way"
     expected = f"up to {size_of(free)}, which is free"
