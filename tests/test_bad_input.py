@@ -408,6 +408,20 @@ def test_a_model_that_no_memory_holds(home):
     assert re.search(r"the weights take \d+ TB, and \S+ .B of memory are free", err)
 
 
+def test_a_step_that_no_memory_holds(home):
+    """Told before any of it is taken: to find out by trying would end this process, or another."""
+    large = sets("train.batch_size=2000000", "model.n_layer=40", "train.micro_batch_size=2000000")
+    for command in ("train", "bench"):
+        code, _, err = home.run(command, *large)
+        assert code == 2
+        assert re.search(
+            r"micro_batch_size = 2,000,000: a step takes at least \S+ .B, and \S+ .B of memory are free", err
+        )
+        (fits,) = re.findall(r"fix: (\d+) \(the result stays the same\)", err)
+        assert 2_000_000 % int(fits) == 0
+    assert not (home.path / "out").exists()
+
+
 # ---- Checkpoints ----
 
 

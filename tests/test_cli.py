@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -439,6 +440,28 @@ def test_only_one_training_at_a_time_in_a_folder(home, tmp_path):
         first.communicate(timeout=60)
     steps = [row["step"] for row in metrics(tmp_path / "out") if row["event"] == "step"]
     assert steps == list(range(1, len(steps) + 1)), "nobody else wrote there"
+
+
+def test_resume_says_that_there_is_no_more_to_do_and_how_to_do_more(home, tmp_path):
+    shutil.copytree(home / "out", tmp_path / "out")
+    place = ("--set", f"data.dir={home / 'data'}")
+    (tmp_path / "a.txt").write_text(TEXT)
+    _, err = tiny("resume", *place, cwd=tmp_path)
+    (more,) = re.findall(r"all 400 steps of this run are made; for more of them: (.*)", err)
+    more = shlex.split(more.replace("max_steps=...", "max_steps=402"))
+    _, err = tiny("resume", *place, *more, cwd=tmp_path)
+    assert re.search(r"^ +402 .* +\d", err, re.MULTILINE)
+    assert "are made" not in err
+
+
+def test_resume_says_that_later_steps_are_made_again(home, tmp_path):
+    shutil.copytree(home / "out", tmp_path / "out")
+    (tmp_path / "a.txt").write_text(TEXT)
+    (before,) = (path for path in (tmp_path / "out").glob("ckpt-*.pt"))
+    step = int(before.stem.partition("-")[2])
+    _, err = tiny("resume", f"out/{before.name}", "--set", f"data.dir={home / 'data'}", cwd=tmp_path)
+    assert f"out/ has come to step 400: what comes after {step} is made again, in its place" in err
+    assert same(weights(tmp_path / "out/ckpt.pt"), weights(home / "out/ckpt.pt"))
 
 
 def test_a_run_can_be_moved(home, tmp_path):

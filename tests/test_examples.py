@@ -17,7 +17,7 @@ from tinyllm.config import check, load, to_dict
 from tinyllm.engine import new_state, open_run, train
 from tinyllm.errors import ConfigError
 from tinyllm.events import Evaluated, Finished, StepDone
-from tinyllm.examples import example_files, examples, find_example, first_comment
+from tinyllm.examples import example_files, examples, find_example, first_comment, read_example
 from tinyllm.model import GPT
 from tinyllm.prepare import prepare
 from tinyllm.tales import stories
@@ -75,6 +75,18 @@ def test_a_model_is_written_beside_its_config_which_finds_it(out, named, tmp_pat
     assert custom.load_class(config.model.class_).__name__ == "MyGPT"
     original = load(find_example("my-model").path)
     assert config == original.model_copy(update={"model": config.model})
+
+
+@pytest.mark.parametrize(("out", "shown"), [("run.toml", "run.toml"), ("a b/x.toml", "'a b/x.toml'")])
+def test_the_commands_in_its_first_lines_are_those_for_the_file_it_becomes(out, shown):
+    (text,) = example_files("shakespeare-cpu", Path(out)).values()
+    assert f"#   tinyllm train {shown}\n" in text
+    assert "shakespeare-cpu.toml" not in text
+
+
+def test_a_name_of_two_lines_does_not_leave_the_comment():
+    (text,) = example_files("shakespeare-cpu", Path("a\nb.toml")).values()
+    assert text == read_example("shakespeare-cpu")
 
 
 @pytest.mark.parametrize("there", ["run.toml", "my_model.py"])

@@ -198,6 +198,13 @@ def test_what_may_change(tmp_path, override, value):
     assert getattr(getattr(config, section), key) == value
 
 
+@pytest.mark.parametrize("override", ["nonsense", "a=b", "=", "train.log_interval"])
+def test_an_override_that_is_none_is_told_as_such(tmp_path, override):
+    with pytest.raises(ConfigError, match=f"cannot read '{override}'") as error:
+        reopen(checkpoint(tmp_path), [override])
+    assert error.value.where == "--set"
+
+
 def test_nothing_else_may_change(tmp_path):
     path = checkpoint(tmp_path)
     may = {"data.dir", "model.class", "train.max_steps", "schedule.decay_steps", "train.skip_spikes", "train.keep"}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -326,6 +326,33 @@ def test_weights_follow_from_the_seed_alone(recipe):
 
 def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"dropout": 0.2}, {"recipe": "modern"}, {"recipe": "modern", "activation": "swiglu", "tie_embeddings": True}],
+    ids=str,
+)
+def test_a_step_holds_at_least_what_is_said_beforehand(settings, dtype):
+    """Counted by autograd itself: each tensor that it saves, once, without the weights."""
+    model = GPT(config(n_layer=3, n_head=2, n_embd=64, block_size=32, **settings), 65)
+    init_weights(model, 1)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def note(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    tokens = torch.randint(65, (8, 32))
+    watch = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
+    with watch, torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        loss = F.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten())
+    held = sum(x.untyped_storage().nbytes() for place, x in saved.items() if place not in own)
+    least = tokens.numel() * model.values_held * dtype.itemsize
+    assert 0.4 * held < least <= held
+    assert loss.requires_grad
 
 
 def test_gpt2_small_has_its_124_million_parameters():

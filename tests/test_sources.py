@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import random
+import tempfile
 import threading
 from pathlib import Path
 
@@ -45,6 +46,26 @@ def write(path, content):
 
 
 # ---- Which files ----
+
+
+def test_a_folder_that_cannot_be_looked_into_is_no_empty_one():
+    """Or a run would learn from a part of its text. Root may look into any: so somebody else tries."""
+    with tempfile.TemporaryDirectory() as top:  # which others may enter, unlike pytest's
+        shut = Path(top, "shut")
+        shut.mkdir()
+        Path(top, "a.txt").write_text("some text")
+        os.chmod(top, 0o755)
+        shut.chmod(0)
+        me = os.geteuid()
+        try:
+            if not me:
+                os.seteuid(65534)
+            with pytest.raises(DataError, match="cannot be read: Permission denied") as error:
+                read(top)
+        finally:
+            os.seteuid(me)
+            shut.chmod(0o700)
+        assert error.value.where == str(shut)
 
 
 def test_a_folder_is_read_in_order_with_its_subfolders(tmp_path):

@@ -207,6 +207,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=age, reverse=True)
 
 
+def newest_step(folder: Path) -> int:
+    """The highest step of a folder's checkpoints, by their seals; 0 for none."""
+    return max((archive.sealed_step(path) or 0 for path in checkpoints(folder)), default=0)
+
+
 def bytes_held(folder: Path) -> int:
     """Bytes that a folder's checkpoints take; the latest and the best are often two names of one file.
 

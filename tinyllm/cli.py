@@ -242,7 +242,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.0, max=3600.0, help="Measure for about so long.")] = 10.0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")] = False,
 ) -> None:
-    """Measure the steps of a run on this machine, and what their time goes to; writes nothing."""
+    """Measure the steps of a run on this machine, and what their time goes to; writes no run, only its data."""
     settings = read_config(path, set_)
     with redirect_stdout(sys.stderr) if json_ else nullcontext():  # a model of the user's own may print
         prepare_if_missing(settings)
@@ -250,7 +250,7 @@ def bench(
             from tinyllm.bench import bench
             from tinyllm.engine import open_run
 
-        run = open_run(settings)
+        run = open_run(settings, to_train=True)
         ui.note(run.runtime.summary)
         found = bench(run, seconds)
     if json_:
@@ -278,7 +278,7 @@ def train(
     with importing():
         from tinyllm.engine import new_state, open_run
 
-    run = open_run(settings)
+    run = open_run(settings, to_train=True)
     if not no_sanity:
         preflight(run)
     state = new_state(run)
@@ -318,9 +318,10 @@ def resume(
     settings, found = reopen(checkpoint, set_ or ())
     note_found(found, settings)
     with claimed(settings.train.out_dir):
-        run = open_run(settings)
+        run = open_run(settings, to_train=True)
         state = restore(run, found.checkpoint)
         ui.show_changes(state.changes[len(found.checkpoint.changes) :])
+        note_where(state.step, run.config)
         trim(settings.train.out_dir, state.step)
         go(run, state)
 
@@ -391,6 +392,18 @@ def note_found(found: "Found", settings: "RunConfig") -> None:
         ui.warn(f"going on with {found.path} instead, of step {found.checkpoint.step:,}")
     if spec := settings.model.class_:
         ui.note(f"running {find(spec).path}: its {spec.rpartition(':')[2]} is the model")
+
+
+def note_where(step: int, settings: "RunConfig") -> None:
+    """Say so if the folder's run has come further than the step that is gone on from, or if there is no more to do."""
+    from tinyllm.checkpoint import newest_step
+
+    folder, last = settings.train.out_dir, settings.train.max_steps
+    if (newest := newest_step(Path(folder))) > step:
+        ui.warn(f"{folder}/ has come to step {newest:,}: what comes after {step:,} is made again, in its place")
+    if step >= last:
+        more = f"--set train.max_steps=... --set schedule.decay_steps={settings.decay_steps}"
+        ui.note(f"all {last:,} steps of this run are made; for more of them: {more}")
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -91,10 +91,11 @@ class TrainState:
         self.forward = self.forward or self.model
 
 
-def open_run(config: RunConfig) -> Run:
+def open_run(config: RunConfig, *, to_train: bool = False) -> Run:
     """Open the prepared data and the device, and try a class of one's own, so that it fails here or not at all.
 
-    Raises DataError, RunError or ConfigError (a vocabulary too small, a class that is no language model).
+    Raises DataError, RunError (memory too small, for the run's steps if it is `to_train`) or ConfigError (a vocabulary
+    too small, a class that is no language model).
     """
     data = open_prepared(config.data)
     size = config.model.vocab_size
@@ -111,7 +112,7 @@ def open_run(config: RunConfig) -> Run:
     if config.model.class_:
         custom.check_contract(new_model(run), config.model, run.vocab_size)
     else:
-        refuse_larger_than_memory(run)
+        refuse_larger_than_memory(run, to_train)
     return run
 
 
@@ -148,14 +149,31 @@ def new_model(run: Run) -> nn.Module:
     return model.to(run.runtime.device)
 
 
-def refuse_larger_than_memory(run: Run) -> None:
-    """Raise RunError when the weights alone do not fit into the memory that is free; none of it is taken."""
+def refuse_larger_than_memory(run: Run, to_train: bool = False) -> None:
+    """Raise RunError when the weights, or a step, do not fit into the memory that is free; none of it is taken.
+
+    Of a step only what it takes at the least is known beforehand. To find out the rest by trying has the system end
+    this process, or another one.
+    """
     with torch.device("meta"):  # shapes without values
         model = GPT(run.config.model, run.vocab_size)
     size, free = sum(p.nbytes for p in model.parameters()), free_memory(run.runtime.device)
-    if free is not None and size > free:
+    if free is None:
+        return
+    if size > free:
         what = f"the weights take {amount(size, 'B')}, and {amount(free, 'B')} of memory are free"
         raise RunError(what, fix="a smaller model.n_embd, n_layer or vocabulary; a run needs four times its weights")
+    config = run.config
+    if not to_train or config.runtime.compile:  # the compiler may compute again what it does not hold
+        return
+    rows, row = config.micro_batch_size, config.model.block_size * model.values_held * run.runtime.dtype.itemsize
+    kept = 3 * size  # the weights, their gradients, and at least one average of these
+    if kept + rows * row > free:
+        what = f"a step takes at least {amount(kept + rows * row, 'B')}, and {amount(free, 'B')} of memory are free"
+        likely = int((free - kept) / (2.5 * row))  # sequences: steps of all kinds took 1.3 to 2.5 times the least
+        fits = max((n for n in range(1, min(rows, likely) + 1) if config.train.batch_size % n == 0), default=0)
+        fix = f"{fits} (the result stays the same); `tinyllm sanity --only memory` measures what it takes"
+        raise RunError(what, where=f"train.micro_batch_size = {rows:,}", fix=fix if fits else "a smaller model")
 
 
 def restore(run: Run, checkpoint: ckpt.Checkpoint) -> TrainState:

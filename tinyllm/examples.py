@@ -58,6 +58,8 @@ def read_example(name: str) -> str:
 def example_files(name: str, out: Path) -> dict[Path, str]:
     """What to write for an example, path to text: its config as `out` and, beside it, the file of its model."""
     example, text = find_example(name), read_example(name)
+    if str(out).isprintable():  # or it would end the comment that its name is in
+        text = text.replace(example.path.name, typed(out))
     if out.is_dir():
         raise ConfigError("is a folder", where=str(out), fix=f"name the file, e.g. --out {typed(out / 'run.toml')}")
     if example.model is None:

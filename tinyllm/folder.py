@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tinyllm.checkpoint import BEST, LATEST, Found, checkpoints, find, run_config
-from tinyllm.config import RunConfig, check, to_toml
+from tinyllm.config import RunConfig, apply_overrides, check, to_toml
 from tinyllm.errors import ConfigError, RunError, typed
 from tinyllm.files import locked, write_text
 from tinyllm.metrics import METRICS
@@ -118,6 +118,7 @@ def reopen(
     `wanted`: which one of a folder (see `checkpoint.find`). Raises CheckpointError, and ConfigError for an override of
     something that makes the run what it is.
     """
+    apply_overrides({}, overrides)  # what cannot be read is told as such
     for override in overrides:
         key = override.partition("=")[0].strip()
         if not key.startswith(may_change):

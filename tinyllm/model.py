@@ -149,6 +149,16 @@ class GPT(nn.Module):
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
 
+    @property
+    def values_held(self) -> int:
+        """Values a token that a step of training holds for its backward pass, at the least.
+
+        In each block what its products and norms multiply, queries, keys and values, and what the activation takes.
+        """
+        linears = [module for block in self.blocks for module in block.modules() if isinstance(module, Linear)]
+        others = sum(5 * self.config.n_embd + block.mlp.fc.out_features for block in self.blocks)
+        return sum(linear.in_features for linear in linears) + others + self.vocab_size
+
     def forward(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """Logits (B, T, V) of the next token at each position of tokens (B, T), int64, T <= block_size.
 

@@ -83,11 +83,23 @@ def inputs(config: DataConfig) -> tuple[Input, ...]:
     return tuple(Input(path.as_posix(), path) for path in local_files(source))
 
 
+def files_in(folder: Path) -> Iterator[Path]:
+    """The .txt and .jsonl files in it and in its folders. Raises DataError for one that cannot be looked into."""
+
+    def told(error: OSError) -> None:
+        raise DataError(f"cannot be read: {error.strerror}", where=str(error.filename))
+
+    for inside, _, names in os.walk(folder, onerror=told):
+        for path in (Path(inside, name) for name in names):
+            if path.suffix in SUFFIXES and path.is_file():
+                yield path
+
+
 def local_files(source: str) -> list[Path]:
     """The .txt and .jsonl files a path, folder or glob means, sorted. Raises DataError if it means none."""
     path = Path(os.path.expanduser(source))  # of an unknown user, Path.expanduser raises
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        found = sorted(files_in(path))
         if not found:
             raise DataError("no .txt or .jsonl file in this folder", where=source)
         return found

@@ -27,6 +27,7 @@ from tinyllm.data import TokenWriter
 from tinyllm.download import Progress
 from tinyllm.encoding import Encoder
 from tinyllm.files import write_text
+from tinyllm.numbers import size_of
 from tinyllm.process import usable_cores
 from tinyllm.sources import Piece
 from tinyllm.tokenizer import digest
@@ -130,6 +131,8 @@ def write_tokens(
     characters = {name: split.characters for name, split in before.items()}
     documents = {name: split.documents for name, split in before.items()}
     log_prob, count, noted = done.log_prob, done.batches, time.monotonic()
+    there = done.train.text_bytes + done.val.text_bytes
+    doing = f"writing tokens, after the first {size_of(there)}" if there else "writing tokens"
     with ExitStack() as files:
         writers = {
             name: files.enter_context(
@@ -165,6 +168,6 @@ def write_tokens(
             if time.monotonic() - noted >= INTERVAL:
                 note()
                 noted = time.monotonic()
-            yield Progress("writing tokens", sum(out.text_bytes for out in writers.values()), total)
+            yield Progress(doing, sum(out.text_bytes for out in writers.values()), total)
         note()
     return so_far()
