@@ -18,7 +18,7 @@ from tinyllm.engine import new_state, train
 from tinyllm.errors import DataError, is_out_of_memory
 from tinyllm.folder import write_config
 from tinyllm.metrics import record
-from tinyllm.numbers import amount, lasting, size_of
+from tinyllm.numbers import amount, divisors, lasting, size_of
 from tinyllm.sanity import cost
 from tinyllm.sanity import measure as measuring
 from tinyllm.sanity.measure import Cost, measure, next_size
@@ -431,3 +431,8 @@ def test_numbers_for_people():
         "5.6 h",
         "3.5 days",
     ]
+
+
+def test_divisors_are_all_that_divide():
+    for number in range(1, 400):
+        assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]

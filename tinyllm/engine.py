@@ -32,7 +32,7 @@ from tinyllm.events import Evaluated, Evaluation, Event, Finished, Note, Saving,
 from tinyllm.fast import cross_entropy
 from tinyllm.model import GPT, init_weights
 from tinyllm.nonfinite import bad_tensor, first_bad
-from tinyllm.numbers import amount
+from tinyllm.numbers import amount, divisors
 from tinyllm.optim import (
     Optimizers,
     all_groups,
@@ -171,7 +171,7 @@ def refuse_larger_than_memory(run: Run, to_train: bool = False) -> None:
     if kept + rows * row > free:
         what = f"a step takes at least {amount(kept + rows * row, 'B')}, and {amount(free, 'B')} of memory are free"
         likely = int((free - kept) / (2.5 * row))  # sequences: steps of all kinds took 1.3 to 2.5 times the least
-        fits = max((n for n in range(1, min(rows, likely) + 1) if config.train.batch_size % n == 0), default=0)
+        fits = max((n for n in divisors(config.train.batch_size) if n <= likely), default=0)
         fix = f"{fits} (the result stays the same); `tinyllm sanity --only memory` measures what it takes"
         raise RunError(what, where=f"train.micro_batch_size = {rows:,}", fix=fix if fits else "a smaller model")
 

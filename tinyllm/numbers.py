@@ -1,4 +1,6 @@
-"""Numbers for people: a few digits and a unit."""
+"""Numbers for people: a few digits and a unit; and what divides a batch."""
+
+import math
 
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -21,3 +23,9 @@ def lasting(seconds: float) -> str:
     scale, unit = next(((scale, unit) for limit, scale, unit in units if seconds < limit), (24 * 3600.0, "days"))
     value = seconds / scale
     return f"{value:.1f} {unit}" if value < 9.95 else f"{value:,.0f} {unit}"
+
+
+def divisors(number: int) -> list[int]:
+    """In ascending order."""
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*low, *(number // d for d in low)})

@@ -22,7 +22,7 @@ from tinyllm.config import RunConfig, to_toml
 from tinyllm.engine import SPIKE_WINDOW, Run, TrainState, snapshot
 from tinyllm.errors import RunError
 from tinyllm.model import GPT
-from tinyllm.numbers import amount, lasting, size_of
+from tinyllm.numbers import amount, divisors, lasting, size_of
 from tinyllm.optim import parameter_groups
 from tinyllm.sanity.instruments import dropouts
 from tinyllm.sanity.measure import Cost
@@ -263,11 +263,6 @@ def largest_that_fits(cost: Cost, batch_size: int) -> int:
     assert cost.room_bytes is not None
     fitting = [s for s in divisors(batch_size) if (cost.peak(s) or 0) <= FULL * cost.room_bytes]
     return max((s for s in fitting if s < cost.micro_batch_size), default=0)
-
-
-def divisors(number: int) -> list[int]:
-    """In ascending order."""
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 # ---- Time ----
