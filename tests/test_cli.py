@@ -193,7 +193,8 @@ def test_new(tmp_path):
     assert "shakespeare-char" in listed
     assert tiny("new", "quickstart", cwd=tmp_path) == (read_example("quickstart"), "")
     out, err = tiny("new", "quickstart", "-o", "my run.toml", cwd=tmp_path)
-    assert (tmp_path / "my run.toml").read_text() == read_example("quickstart")
+    here = read_example("quickstart").replace("quickstart.toml", "'my run.toml'")
+    assert (tmp_path / "my run.toml").read_text() == here
     assert out == ""
     assert "tinyllm sanity 'my run.toml'" in err, "a command that can be pasted"
     (tmp_path / "my run.toml").write_text("mine")
