@@ -66,6 +66,7 @@ def test_a_folder_that_cannot_be_looked_into_is_no_empty_one():
             os.seteuid(me)
             shut.chmod(0o700)
         assert error.value.where == str(shut)
+        assert "glob" in error.value.fix
 
 
 def test_a_folder_is_read_in_order_with_its_subfolders(tmp_path):

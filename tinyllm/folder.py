@@ -118,9 +118,7 @@ def reopen(
     `wanted`: which one of a folder (see `checkpoint.find`). Raises CheckpointError, and ConfigError for an override of
     something that makes the run what it is.
     """
-    apply_overrides({}, overrides)  # what cannot be read is told as such
-    for override in overrides:
-        key = override.partition("=")[0].strip()
+    for key in (f"{section}.{name}" for section, table in apply_overrides({}, overrides).items() for name in table):
         if not key.startswith(may_change):
             may = ", ".join(name + "*" if name.endswith(".") else name for name in may_change)
             fix = f"may change: {may}; for anything else start a new run with `tinyllm train`"

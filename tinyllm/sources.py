@@ -87,7 +87,8 @@ def files_in(folder: Path) -> Iterator[Path]:
     """The .txt and .jsonl files in it and in its folders. Raises DataError for one that cannot be looked into."""
 
     def told(error: OSError) -> None:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(error.filename))
+        fix = "let it be read, or name what is to be read by a glob, e.g. 'texts/*.txt'"
+        raise DataError(f"cannot be read: {error.strerror}", where=str(error.filename), fix=fix)
 
     for inside, _, names in os.walk(folder, onerror=told):
         for path in (Path(inside, name) for name in names):
