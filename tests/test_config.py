@@ -456,6 +456,8 @@ def configs(draw):
             "n_layer": st.integers(1, 99),
             "block_size": st.integers(1, 1 << 20),
             "vocab_size": st.integers(0, 1_000_000_000),
+            "ngrams": st.integers(1, 8),
+            "ngram_rows": st.integers(1, 1_000_000_000),
             "dropout": UNIT,
             "attn_dropout": UNIT,
             "norm": choice(["layernorm", "rmsnorm"]),

@@ -51,20 +51,22 @@ def finish(run):
 # ---- Size and tokens ----
 
 
+@pytest.mark.parametrize("ngrams", [1, 3])
 @pytest.mark.parametrize("recipe", ["gpt2", "modern"])
-def test_size_counts_each_parameter_once_and_says_where_it_is(make_run, recipe):
-    run = make_run("optim.name=muon", recipe=recipe)
+def test_size_counts_each_parameter_once_and_says_where_it_is(make_run, recipe, ngrams):
+    run = make_run("optim.name=muon", f"model.ngrams={ngrams}", "model.ngram_rows=50", recipe=recipe)
     result = cost.size(Subject(run))
     total = sum(p.numel() for p in new_state(run).model.parameters())
     values = result.values
     assert values["parameters"] == total
     assert sum(values["parameters_of"].values()) == sum(values["parameters_in_group"].values()) == total
     V, C, T = run.vocab_size, 16, 16
-    tables = V * C + (T * C if recipe == "gpt2" else 0)
+    of_ngrams = (ngrams - 1) * 50 * C
+    tables = V * C + (T * C if recipe == "gpt2" else 0) + of_ngrams
     assert values["parameters_of"]["embedding"] == tables
     assert values["parameters_of"]["head"] == (0 if recipe == "gpt2" else V * C)
     # Each weight that multiplies does so once forward (2 FLOPs) and twice backward; attention is 2 products of T x C.
-    multiplied = total - (T * C if recipe == "gpt2" else V * C)
+    multiplied = total - (T * C if recipe == "gpt2" else V * C) - of_ngrams
     assert values["flops_a_token"] == 6 * multiplied + 3 * 2 * (2 * T * C)
     assert values["flops_a_step"] == 8 * 16 * values["flops_a_token"]
 

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinyllm.config import ModelConfig, check
 from tinyllm.fast import dropout
-from tinyllm.model import GPT, KVCache, init_weights, rope_tables, rotate
+from tinyllm.model import GPT, KVCache, init_weights, ngram_rows, rope_tables, rotate
 
 V = 31
 
@@ -173,7 +173,15 @@ def reference(p: dict[str, torch.Tensor], c: ModelConfig, tokens: torch.Tensor) 
             x = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
         return linear(f"{name}.proj", x)
 
+    def ngram(n, t):
+        """The row of the n tokens that end at t: a polynomial of their ids, from one on, as Python reckons it."""
+        ids = [int(tokens[t - back]) + 1 if back <= t else 0 for back in range(n)]  # the last comes first
+        number = sum(each * 1_000_003 ** (n - 1 - back) for back, each in enumerate(ids))
+        return (n - 2) * c.ngram_rows + number % (2**31 - 1) % c.ngram_rows
+
     x = torch.stack([p["wte.weight"][t] for t in tokens])
+    for n in range(2, c.ngrams + 1):
+        x = x + torch.stack([p["ngrams.weight"][ngram(n, t)] for t in range(len(tokens))])
     if c.positions == "learned":
         x = x + p["wpe.weight"][: len(tokens)]
     for i in range(c.n_layer):
@@ -188,6 +196,8 @@ VARIANTS = [
     config("modern", bias=True, tie_embeddings=True, zero_init=False, qk_norm=False),
     config("gpt2", positions="rope", activation="gelu", norm="rmsnorm"),
     config("gpt2", bias=False, qk_norm=True, tie_embeddings=False, activation="swiglu"),
+    config("modern", ngrams=3, ngram_rows=50),
+    config("gpt2", ngrams=8, ngram_rows=7),
 ]
 
 
@@ -292,6 +302,28 @@ def test_zero_init_starts_at_a_uniform_guess():
     assert torch.equal(model(tokens_of()), torch.zeros(3, 12, V))
 
 
+@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
+def test_ngrams_add_nothing_at_first(recipe):
+    plain, more = (GPT(config(recipe, **switches), V) for switches in ({}, {"ngrams": 4, "ngram_rows": 100}))
+    for model in (plain, more):
+        init_weights(model, 3)
+    assert more.state_dict().keys() - plain.state_dict().keys() == {"ngrams.weight"}
+    assert torch.equal(more(tokens_of()), plain(tokens_of()))
+
+
+def test_ngrams_have_rows_of_their_own():
+    """As many as there are different ones, where there is room; and none of one length in the part of another."""
+    tokens, c = tokens_of(100, 12), config(ngrams=3, ngram_rows=1 << 20)
+    rows = ngram_rows(tokens, c)
+    assert rows.shape == (100, 12, 2)
+    padded = F.pad(tokens, (2, 0), value=-1)
+    for n, found in zip((2, 3), rows.unbind(-1), strict=True):
+        seen = torch.stack([padded[:, 2 - age : 14 - age] for age in range(n)], -1).flatten(0, 1)
+        assert (found >= (n - 2) << 20).all()
+        assert (found < (n - 1) << 20).all()
+        assert len(found.unique()) == len(seen.unique(dim=0)) > 500
+
+
 @pytest.mark.parametrize("c", [config(n_embd=64), config(n_embd=64, tie_embeddings=False), config("modern")])
 def test_the_first_loss_is_about_ln_v(c):
     model = GPT(c, 1000)
@@ -331,7 +363,12 @@ def count(model: nn.Module) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"dropout": 0.2}, {"recipe": "modern"}, {"recipe": "modern", "activation": "swiglu", "tie_embeddings": True}],
+    [
+        {},
+        {"dropout": 0.2},
+        {"recipe": "modern", "ngrams": 3},
+        {"recipe": "modern", "activation": "swiglu", "tie_embeddings": True},
+    ],
     ids=str,
 )
 def test_a_step_holds_at_least_what_is_said_beforehand(settings, dtype):
@@ -372,6 +409,7 @@ def test_parameter_counts_by_formula(n_layer, d, context):
     hidden = {8: 32, 32: 96}[d]  # 8/3 d, rounded up to a multiple of 32
     swiglu = GPT(config("modern", activation="swiglu", **sizes), V)
     assert count(swiglu) == 2 * V * d + n_layer * (4 * d * d + 3 * d * hidden + 2 * d) + d
+    assert count(GPT(config("modern", ngrams=4, ngram_rows=50, **sizes), V)) == count(modern) + 3 * 50 * d
 
 
 def test_a_tied_head_is_stored_once():

@@ -77,6 +77,12 @@ class ModelConfig(Section):
     n_embd: Positive = Field(128, le=1_000_000, description="width of the residual stream")
     block_size: Positive = Field(256, description="context length, tokens")
     vocab_size: Count = Field(0, le=1_000_000_000, description="rows of the embedding; 0: as many as the tokenizer has")
+    ngrams: int = Field(
+        1, ge=1, le=8, description="an embedding also of the last 2, 3, ... tokens together, up to so many; 1: of none"
+    )
+    ngram_rows: Positive = Field(
+        8192, le=1_000_000_000, description="rows of the table of each length; n-grams find theirs by a hash"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="on the embedding and on each residual branch")
     attn_dropout: float = Field(
         0.0,

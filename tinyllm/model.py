@@ -10,7 +10,7 @@
 Shapes: B batch, T time (tokens), C = n_embd, H = n_head, D = C / H, V = vocab_size.
 The two recipes are Radford et al. 2019 (`gpt2`) and, for `modern`, RMSNorm (Zhang & Sennrich 2019), rotary positions
 (Su et al. 2021), query-key normalisation (Henry et al. 2020), squared ReLU (So et al. 2021) and zero-initialised
-residual projections.
+residual projections. Either can have embeddings of n-grams (Pagnoni et al. 2024).
 """
 
 import math
@@ -24,6 +24,7 @@ from tinyllm.fast import attend_by_products, dropout, relu2, rms_norm
 
 INIT_STD = 0.02  # GPT-2
 ROPE_BASE = 10_000.0
+HASH_BASE, HASH_PRIME = 1_000_003, 2**31 - 1  # products of the two fit into 64 bits
 BY_PRODUCTS = 1024  # tokens: attention weights beyond that would take more memory than all the rest of a layer
 
 
@@ -140,6 +141,7 @@ class GPT(nn.Module):
         self.config, self.vocab_size = config, vocab_size
         self.wte = Embedding(vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
+        self.ngrams = Embedding((config.ngrams - 1) * config.ngram_rows, config.n_embd) if config.ngrams > 1 else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         # A tied head has no tensor of its own, so that nothing is saved, counted or decayed twice.
@@ -169,6 +171,10 @@ class GPT(nn.Module):
         x, rope = self.wte(tokens), None
         if self.wpe is not None:
             x = x + self.wpe.weight[start : start + T]
+        if self.ngrams is not None:
+            seen = tokens if cache is None else cache.seen(tokens)
+            rows = ngram_rows(seen[:, -(T + self.config.ngrams - 1) :], self.config)
+            x = x + self.ngrams(rows[:, -T:]).sum(2)
         if torch.is_autocast_enabled(x.device.type):  # the stream too: half the bytes, no casts at norms and sums
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.wpe is None:
@@ -183,7 +189,10 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, (B, H, size, D) a layer (0: block_size). `length` are filled."""
+    """Tokens seen so far, (B, size), and a layer's keys and values of them, (B, H, size, D); `length` are filled.
+
+    A size of 0: the model's block_size.
+    """
 
     def __init__(self, model: GPT, batch_size: int, size: int = 0, dtype: torch.dtype = torch.float32) -> None:
         config = model.config
@@ -191,7 +200,14 @@ class KVCache:
         device = model.wte.weight.device
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.tokens = torch.zeros(batch_size, shape[2], device=device, dtype=torch.int64)
         self.length = 0
+
+    def seen(self, tokens: Tensor) -> Tensor:
+        """Store tokens (B, T) after what is there; return all."""
+        end = self.length + tokens.shape[1]
+        self.tokens[:, self.length : end] = tokens
+        return self.tokens[:, :end]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, H, T, D) after what is there; return all keys and values of the layer."""
@@ -199,6 +215,20 @@ class KVCache:
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+def ngram_rows(tokens: Tensor, config: ModelConfig) -> Tensor:
+    """Which rows stand for the last n of tokens (B, T), at each of them and for n = 2 ... N: (B, T, N - 1), int64.
+
+    Each n has `config.ngram_rows` of its own, and n-grams find theirs by a hash, so that the table is of one size for
+    any vocabulary; those that meet in a row share it (Pagnoni et al. 2024, section 3.2.1).
+    """
+    ids, found = tokens + 1, []  # zero stands for what is before the first
+    key = ids
+    for n in range(2, config.ngrams + 1):  # a number with the ids as its digits, the newest first
+        key = (key * HASH_BASE + F.pad(ids, (n - 1, 0))[:, : ids.shape[1]]) % HASH_PRIME
+        found.append(key % config.ngram_rows + (n - 2) * config.ngram_rows)
+    return torch.stack(found, dim=-1)
 
 
 def rope_tables(block_size: int, head_size: int) -> tuple[Tensor, Tensor]:
@@ -223,8 +253,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def init_weights(model: GPT, seed: int) -> None:
     """GPT-2's initialization: normal(0, 0.02), residual projections over sqrt(2 n_layer), biases zero.
 
-    With `zero_init`, residual projections and an untied head start at zero instead. Drawn on the CPU from a generator
-    of its own, so the weights depend on the seed alone, not on the device or on what was drawn before.
+    With `zero_init`, residual projections and an untied head start at zero instead; embeddings of n-grams always do, so
+    that one never seen adds nothing. Drawn on the CPU from a generator of its own, so the weights depend on the seed
+    alone, not on the device or on what was drawn before.
     """
     generator = torch.Generator().manual_seed(seed)
     residual_std = INIT_STD / math.sqrt(2 * model.config.n_layer)
@@ -232,7 +263,7 @@ def init_weights(model: GPT, seed: int) -> None:
         is_residual, is_head = name.endswith("proj.weight"), name == "head.weight"
         if parameter.dim() < 2:
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        elif model.config.zero_init and (is_residual or is_head):
+        elif name == "ngrams.weight" or (model.config.zero_init and (is_residual or is_head)):
             parameter.zero_()
         else:
             std = residual_std if is_residual else INIT_STD

@@ -126,6 +126,7 @@ RUNS = [
     *gpt("whole validation", "train.eval_windows=0"),
     *gpt("no prefetch", "runtime.prefetch=0"),
     *gpt("swiglu", "model.activation=swiglu"),
+    *gpt("n-grams", "model.ngrams=3", "model.ngram_rows=1024"),
     *one("gpt2 with zero init", "model.zero_init=true"),
     *one("gpt2 without biases", "model.bias=false"),
     *one("gpt2 with exact GELU", "model.activation=gelu"),

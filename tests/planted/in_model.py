@@ -3,6 +3,8 @@
 from planted.bug import bug
 
 MODERN = ("model.recipe=modern",)
+NGRAMS = ("model.ngrams=3", "model.ngram_rows=1024")
+BEFORE = "F.pad(ids, (n - 1, 0))[:, : ids.shape[1]]"
 
 BUGS = [
     # ---- Initial weights ----
@@ -210,6 +212,34 @@ BUGS = [
         ),
     ),
     bug(
+        "n-grams of the tokens to come",
+        "the pad at the wrong end",
+        "causal mask",
+        ("model.py", BEFORE, "F.pad(ids, (0, n - 1))[:, n - 1 :]"),
+        set=NGRAMS,
+    ),
+    bug(
+        "n-grams that go round",
+        "roll for pad: the first positions see the last",
+        "causal mask",
+        ("model.py", BEFORE, "ids.roll(n - 1, 1)"),
+        set=NGRAMS,
+    ),
+    bug(
+        "n-grams read backwards",
+        "the oldest token first",
+        "formula",
+        ("model.py", f"(key * HASH_BASE + {BEFORE})", f"(key + HASH_BASE ** (n - 1) * {BEFORE})"),
+        set=NGRAMS,
+    ),
+    bug(
+        "n-grams not added",
+        "computed and dropped",
+        ("formula", "gradient reach"),
+        ("model.py", "x = x + self.ngrams(rows[", "x + self.ngrams(rows["),
+        set=NGRAMS,
+    ),
+    bug(
         "another GELU",
         "the exact one where GPT-2 has tanh's approximation",
         "formula",
@@ -345,6 +375,13 @@ BUGS = [
         "length += 1, whatever was read",
         "generation",
         ("model.py", "cache.length += T", "cache.length += 1"),
+    ),
+    bug(
+        "cache without the n-grams before it",
+        "of one token after the other",
+        "generation",
+        ("model.py", "seen = tokens if cache is None else cache.seen(tokens)", "seen = tokens"),
+        set=NGRAMS,
     ),
     bug(
         "cache forgets where it is",

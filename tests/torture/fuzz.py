@@ -387,8 +387,9 @@ GENTLE = st.one_of(  # what may be given to a command that trains
 def is_gentle(override: str) -> bool:
     """Whether a setting cannot make a run large: it is refused, or about something else."""
     name = override.partition("=")[0].strip()
-    large = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "max_steps", "batch_size", "tales_stories",
-             "threads", "micro_batch_size", "eval_windows", "prefetch", "recipe", "compile"}  # fmt: skip
+    large = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "ngrams", "ngram_rows", "max_steps",
+             "batch_size", "micro_batch_size", "eval_windows", "tales_stories", "threads", "prefetch", "recipe",
+             "compile"}  # fmt: skip
     return name.rpartition(".")[2] not in large and not name.startswith(("data.source", "data.dir", "train.out_dir"))
 
 
@@ -572,6 +573,7 @@ LARGEST = {  # what the config allows, and must then be harmless
     "data.vocab_size": 1_000_000,
     "model.n_embd": 1_000_000,
     "model.vocab_size": 1_000_000_000,
+    "model.ngram_rows": 1_000_000_000,
     "train.max_steps": 10**15,
 }
 WITH = {  # what makes the number count, or go together with the others
@@ -579,6 +581,7 @@ WITH = {  # what makes the number count, or go together with the others
     "data.tales_stories": ("data.source=tales", "data.dir=elsewhere"),
     "train.micro_batch_size": ("train.batch_size={}",),
     "model.n_head": ("model.n_embd={}",),
+    "model.ngram_rows": ("model.ngrams=2",),
     "schedule.warmup_steps": ("schedule.kind=constant",),
 }
 ENDLESS = [

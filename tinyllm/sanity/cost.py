@@ -70,15 +70,13 @@ def split(model: nn.Module) -> dict[str, int]:
 def flops_a_token(model: nn.Module, config: RunConfig) -> int:
     """FLOPs to learn from one token, forward and backward: 6 N + 12 L T C (Chowdhery et al. 2022, PaLM, appendix B).
 
-    N are the weights that multiply: all but the tables that are only looked up (positions, and the token embedding
-    unless it is the head too). 12 L T C is attention to a whole window; that half of it is masked is not taken off. Of
-    a model that is not ours nothing is known but its parameters: 6 N, with all of them.
+    N are the weights that multiply: all but the tables that are only looked up (all embeddings, but that of the tokens
+    if it is the head too). 12 L T C is attention to a whole window; that half of it is masked is not taken off. Of a
+    model that is not ours nothing is known but its parameters: 6 N, with all of them.
     """
     if not isinstance(model, GPT):
         return 6 * count(model)
-    looked_up = 0 if model.wpe is None else model.wpe.weight.numel()
-    if model.head is not None:
-        looked_up += model.wte.weight.numel()
+    looked_up = split(model)["embedding"] - (model.wte.weight.numel() if model.head is None else 0)
     shape = config.model
     return 6 * (count(model) - looked_up) + 12 * shape.n_layer * shape.block_size * shape.n_embd
 

@@ -188,7 +188,7 @@ def expected_std(name: str, parameter: Tensor, config: ModelConfig) -> float:
     if parameter.dim() < 2:
         return 0.0
     into_stream = name.endswith("proj.weight")
-    if config.zero_init and (into_stream or name == "head.weight"):
+    if name == "ngrams.weight" or (config.zero_init and (into_stream or name == "head.weight")):
         return 0.0
     return STD / math.sqrt(2 * config.n_layer) if into_stream else STD
 

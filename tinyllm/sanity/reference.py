@@ -24,7 +24,8 @@ def expected_parameters(config: ModelConfig, vocab_size: int) -> int:
     block = 3 * d * d + d * d + d * up + h * d + biases + 2 * norm
     embeddings = vocab_size * d * (1 if config.tie_embeddings else 2)
     positions = config.block_size * d if config.positions == "learned" else 0
-    return embeddings + positions + config.n_layer * block + norm
+    ngrams = (config.ngrams - 1) * config.ngram_rows * d
+    return embeddings + positions + ngrams + config.n_layer * block + norm
 
 
 def reference_logits(weights: Weights, config: ModelConfig, tokens: Tensor) -> Tensor:
@@ -34,12 +35,21 @@ def reference_logits(weights: Weights, config: ModelConfig, tokens: Tensor) -> T
     x = w["wte.weight"][tokens]
     if config.positions == "learned":
         x = x + w["wpe.weight"][: tokens.shape[1]]
+    for n in range(2, config.ngrams + 1):
+        found = [[ngram_row(ids[: t + 1][-n:], n, config) for t in range(len(ids))] for ids in tokens.tolist()]
+        x = x + w["ngrams.weight"][torch.tensor(found)]
     for layer in range(config.n_layer):
         own = {name.removeprefix(f"blocks.{layer}."): v for name, v in w.items() if name.startswith(f"blocks.{layer}.")}
         x = x + attention(own, config, normalised(own, "norm_1", x, config))
         x = x + mlp(own, config, normalised(own, "norm_2", x, config))
     x = normalised(w, "norm", x, config)
     return x @ w["wte.weight" if config.tie_embeddings else "head.weight"].T
+
+
+def ngram_row(last: list[int], n: int, config: ModelConfig) -> int:
+    """The row of the last n ids: the digits of a number, the newest first, those missing as zero."""
+    number = sum((token + 1) * 1_000_003 ** (n - 1 - age) for age, token in enumerate(reversed(last)))
+    return (n - 2) * config.ngram_rows + number % (2**31 - 1) % config.ngram_rows
 
 
 def normalised(w: Weights, name: str, x: Tensor, config: ModelConfig) -> Tensor:
