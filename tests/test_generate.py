@@ -17,9 +17,9 @@ from tinyllm.prepare import prepare
 V, CONTEXT = 13, 10
 
 
-def make_model(recipe="gpt2", vocab_size=V, seed=1, scale=0.5) -> GPT:
+def make_model(recipe="gpt2", vocab_size=V, seed=1, scale=0.5, **switches) -> GPT:
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": CONTEXT, "dropout": 0.3, "tie_embeddings": False}
-    model = GPT(check({"model": {"recipe": recipe} | sizes}).model, vocab_size)
+    model = GPT(check({"model": {"recipe": recipe} | sizes | switches}).model, vocab_size)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -52,10 +52,10 @@ def windowed(model, prompt, n_new, pick):
     return ids[-n_new:]
 
 
-@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
+@pytest.mark.parametrize(("recipe", "ngrams"), [("gpt2", 1), ("modern", 1), ("modern", 4)])
 @pytest.mark.parametrize("prompt", [[3], [1, 2, 3, 4], list(range(10)), [7, 7, 7, *range(12), 5]])
-def test_greedy_is_the_argmax_of_full_forwards_also_past_the_context(recipe, prompt):
-    model = make_model(recipe).train()
+def test_greedy_is_the_argmax_of_full_forwards_also_past_the_context(recipe, ngrams, prompt):
+    model = make_model(recipe, ngrams=ngrams, ngram_rows=100).train()
     expected = windowed(model, prompt, 3 * CONTEXT, lambda logits: logits.argmax().item())
     model.train()
     assert sample(model, prompt, n_samples=2, temperature=0.0, max_new_tokens=3 * CONTEXT) == [expected] * 2
