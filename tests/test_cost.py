@@ -84,6 +84,11 @@ def test_tokens_and_epochs(make_run):
     assert result.values["epochs"] == pytest.approx(100 * 8 * 16 / tokens, rel=0.01)
 
 
+def test_rows_of_ngrams_are_no_parameters_to_be_fed(make_run):
+    plain, more = (cost.token_budget(Subject(make_run(f"model.ngrams={n}"))) for n in (1, 4))
+    assert more.values["tokens_a_parameter"] == plain.values["tokens_a_parameter"] > 0
+
+
 def test_many_epochs_are_worth_a_warning_only_without_dropout(make_run):
     steps = "train.max_steps=100_000"
     result = cost.token_budget(Subject(make_run(steps)))

@@ -35,7 +35,13 @@ def step_all(optimizers):
         optimizer.step()
 
 
-RECIPES = [("gpt2", {}), ("gpt2", {"tie_embeddings": False, "bias": False}), ("modern", {}), ("modern", {"bias": True})]
+RECIPES = [
+    ("gpt2", {}),
+    ("gpt2", {"tie_embeddings": False, "bias": False}),
+    ("modern", {}),
+    ("modern", {"bias": True}),
+    ("modern", {"ngrams": 3, "ngram_rows": 50}),
+]
 
 
 @pytest.mark.parametrize("decay_embeddings", [True, False])
@@ -48,7 +54,7 @@ def test_each_parameter_is_in_exactly_the_right_group(recipe, switches, name, de
     for parameter_name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             expected[parameter_name] = (0.0, 0.01)
-        elif parameter_name in ("wte.weight", "wpe.weight"):
+        elif parameter_name in ("wte.weight", "wpe.weight", "ngrams.weight"):
             expected[parameter_name] = (0.3 if decay_embeddings else 0.0, 0.01)
         elif parameter_name == "head.weight":
             expected[parameter_name] = (0.3, 0.01)

@@ -78,10 +78,12 @@ class ModelConfig(Section):
     block_size: Positive = Field(256, description="context length, tokens")
     vocab_size: Count = Field(0, le=1_000_000_000, description="rows of the embedding; 0: as many as the tokenizer has")
     ngrams: int = Field(
-        1, ge=1, le=8, description="an embedding also of the last 2, 3, ... tokens together, up to so many; 1: of none"
+        1, ge=1, le=8, description="an embedding also for the last 2, 3, ... so many tokens together; 1: for each alone"
     )
     ngram_rows: Positive = Field(
-        8192, le=1_000_000_000, description="rows of the table of each length; n-grams find theirs by a hash"
+        8192,
+        le=1_000_000_000,
+        description="with ngrams > 1: rows for n-grams of each length, which find theirs by a hash",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="on the embedding and on each residual branch")
     attn_dropout: float = Field(

@@ -27,6 +27,17 @@ BUGS = [
         ("model.py", "residual_std = INIT_STD / math.sqrt(2 * model.config.n_layer)", "residual_std = INIT_STD"),
     ),
     bug(
+        "n-grams start at one",
+        "ones_ for zeros_",
+        "initial weights",
+        (
+            "model.py",
+            "            parameter.zero_()\n",
+            "            parameter.fill_(1.0 if name == 'ngrams.weight' else 0.0)\n",
+        ),
+        set=NGRAMS,
+    ),
+    bug(
         "initialization never called",
         "the call lost in a refactoring",
         "initial weights",
@@ -229,7 +240,7 @@ BUGS = [
         "n-grams read backwards",
         "the oldest token first",
         "formula",
-        ("model.py", f"(key * HASH_BASE + {BEFORE})", f"(key + HASH_BASE ** (n - 1) * {BEFORE})"),
+        ("model.py", f"(key * HASH_BASE + {BEFORE})", f"(key + HASH_BASE ** (n - 1) % HASH_PRIME * {BEFORE})"),
         set=NGRAMS,
     ),
     bug(

@@ -498,6 +498,13 @@ def thin_positions(path: Path, record: Record) -> None:
     saved(path, record)
 
 
+def thin_ngrams(path: Path, record: Record) -> None:
+    """The same for seven billion n-grams."""
+    record["config"]["model"] |= {"ngrams": 8, "ngram_rows": 10**9}
+    record["model"]["ngrams.weight"] = torch.zeros(1, 16).expand(7 * 10**9, 16)
+    saved(path, record)
+
+
 # ---- Paths and names ----
 
 
@@ -678,6 +685,7 @@ FILES: tuple[Make, ...] = (
     *(asking("model", n_layer=n) for n in (10**9, 10**18)), asking("model", n_embd=10**9, n_head=1),
     asking("model", n_embd=1 << 62, n_head=1), asking("model", n_head=1 << 40, n_embd=1 << 41),
     asking("model", block_size=10**9), asking("model", block_size=10**18), asking("model", vocab_size=10**9),
+    asking("model", ngrams=8, ngram_rows=10**9), thin_ngrams,
     rows(10**9), rows((1 << 63) - 1), learned_positions, thin_positions, asking("train", batch_size=1 << 62),
     asking("train", batch_size=1 << 34, micro_batch_size=1), asking("train", batch_size=1 << 62, micro_batch_size=1),
     # Paths and names

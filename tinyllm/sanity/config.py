@@ -126,7 +126,7 @@ def peak_rate(subject: Subject) -> Result:
 def published_rate(subject: Subject) -> float:
     """What others train a model of this size with, by AdamW: interpolated between the published ones."""
     sizes, rates = np.log(list(PUBLISHED)), np.log(list(PUBLISHED.values()))
-    return float(np.exp(np.interp(math.log(subject.weights), sizes, rates)))
+    return float(np.exp(np.interp(math.log(subject.size), sizes, rates)))
 
 
 def settings(subject: Subject) -> Result:

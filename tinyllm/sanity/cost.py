@@ -88,7 +88,7 @@ def token_budget(subject: Subject) -> Result:
     """Tokens the run will see, against the size of the model and of the data."""
     run = subject.run
     seen = run.config.train.max_steps * run.config.tokens_per_step
-    a_parameter = seen / subject.weights
+    a_parameter = seen / subject.size
     epochs = run.config.train.max_steps * run.config.train.batch_size / windows_an_epoch(run)
     measured = f"{amount(seen)} tokens: {a_parameter:.2g} a parameter, {epochs:.2g} epochs"
     expected = f"about {TOKENS_A_PARAMETER} a parameter is best for the FLOPs spent"

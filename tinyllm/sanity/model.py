@@ -160,6 +160,8 @@ def initial_weights(subject: Subject) -> Result:
             if p.dim() < 2 and not bool((p == float(is_gain)).all()):
                 diagnosis = f"{name} starts at {float(p.mean()):.3g} on average"
                 return failed(f"{name}: {float(p.mean()):.3g}", str(int(is_gain)), diagnosis, "gains at 1, biases at 0")
+            if p.dim() >= 2 and not wanted and bool(p.any()):
+                return failed(f"{name}: not zero", "zero", f"{name} should start at zero, and does not", "zero_()")
             if abs(found - wanted) > max(0.1, 5 / p.numel() ** 0.5) * wanted + 1e-9:
                 diagnosis = f"{name} starts with a standard deviation of {found:.4f} instead of {wanted:.4f}"
                 fix = "0.02 as in GPT-2, and 0.02 / sqrt(2 n_layer) for the projections into the residual stream"

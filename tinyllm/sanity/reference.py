@@ -48,7 +48,7 @@ def reference_logits(weights: Weights, config: ModelConfig, tokens: Tensor) -> T
 
 def ngram_row(last: list[int], n: int, config: ModelConfig) -> int:
     """The row of the last n ids: the digits of a number, the newest first, those missing as zero."""
-    number = sum((token + 1) * 1_000_003 ** (n - 1 - age) for age, token in enumerate(reversed(last)))
+    number = sum((token + 1) * 1_640_531_527 ** (n - 1 - age) for age, token in enumerate(reversed(last)))
     return (n - 2) * config.ngram_rows + number % (2**31 - 1) % config.ngram_rows
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinyllm.baselines import Baselines, compare
 from tinyllm.engine import Run, TrainState, new_state
+from tinyllm.model import GPT
 from tinyllm.optim import build_optimizers
 from tinyllm.sanity.instruments import cross_entropy, logits_of, occurrences, stilled, token_file, variant, wake
 from tinyllm.sanity.measure import Cost, measure
@@ -46,6 +47,12 @@ class Subject:
     def weights(self) -> int:
         """The model's parameters, each once."""
         return sum(p.numel() for p in self.fresh.parameters())
+
+    @property
+    def size(self) -> int:
+        """Parameters by which to say what is usual: without a table of n-grams, of which each token reads few rows."""
+        table = self.fresh.ngrams if isinstance(self.fresh, GPT) else None
+        return self.weights - (0 if table is None else table.weight.numel())
 
     def state(self, run: Run | None = None, *, woken: bool = False) -> TrainState:
         """A copy of the fresh model, with optimizers of its own (for `run`'s config)."""

@@ -125,7 +125,7 @@ def short_run(subject: Subject) -> Result:
 
 def shortened(subject: Subject) -> Run:
     """The user's run with small batches, at its peak rate after a short warmup."""
-    run, tokens = subject.run, min(SHORT_TOKENS, int(SHORT_FLOPS / (6 * subject.weights)))
+    run, tokens = subject.run, min(SHORT_TOKENS, int(SHORT_FLOPS / (6 * subject.size)))
     rows = max(1, min(run.config.train.batch_size, tokens // run.config.model.block_size))
     warmup = 20 if run.config.schedule.warmup_steps else 0
     return variant(
