@@ -78,7 +78,7 @@ class ModelConfig(Section):
     block_size: Positive = Field(256, description="context length, tokens")
     vocab_size: Count = Field(0, le=1_000_000_000, description="rows of the embedding; 0: as many as the tokenizer has")
     ngrams: int = Field(
-        1, ge=1, le=8, description="an embedding also for the last 2, 3, ... so many tokens together; 1: for each alone"
+        1, ge=1, le=8, description="embed the last 2, 3, ... tokens together, too, up to so many; 1: only each alone"
     )
     ngram_rows: Positive = Field(
         8192,

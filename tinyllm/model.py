@@ -24,7 +24,7 @@ from tinyllm.fast import attend_by_products, dropout, relu2, rms_norm
 
 INIT_STD = 0.02  # GPT-2
 ROPE_BASE = 10_000.0
-HASH_BASE, HASH_PRIME = 1_640_531_527, 2**31 - 1  # a golden section apart; products of the two fit into 64 bits
+HASH_BASE, HASH_PRIME = 1_640_531_527, 2**31 - 1  # the first is 2^32 in golden section; products fit in 64 bits
 BY_PRODUCTS = 1024  # tokens: attention weights beyond that would take more memory than all the rest of a layer
 
 
