@@ -401,3 +401,8 @@ def test_a_damaged_file_points_to_the_newest_good_one(tmp_path):
     with pytest.raises(CheckpointError) as error:
         find(tmp_path / "ckpt.pt")
     assert error.value.fix.endswith("best.pt, of step 2")
+    (tmp_path / "best.pt").write_bytes(b"")
+    for path in (tmp_path / "ckpt.pt", tmp_path):
+        with pytest.raises(CheckpointError) as error:
+            find(path)
+        assert error.value.fix == "no whole checkpoint is here: take a copy from elsewhere, or train from the start"

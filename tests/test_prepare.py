@@ -208,6 +208,10 @@ def test_figures_by_hand():
     assert overlap == 0
 
 
+def test_a_text_of_one_token_has_a_loss_of_zero_and_not_of_minus_zero():
+    assert f"{figures([0] * 9, [0] * 5, 1)[0]:.3f}" == "0.000"
+
+
 @pytest.mark.parametrize("copies", [0, 1, 3])
 def test_validation_text_inside_the_training_text_is_found(here, copies):
     rng = random.Random(1)

@@ -118,7 +118,8 @@ def opened(path: str | Path) -> BinaryIO:
         fix = "`tinyllm train run.toml` makes one in its train.out_dir"
         raise CheckpointError("no such checkpoint", where=str(path), fix=fix) from None
     except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        fix = "look at its permissions, and at the disk"
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path), fix=fix) from None
 
 
 # ---- The seal ----

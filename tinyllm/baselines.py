@@ -69,11 +69,11 @@ def compare(train: np.ndarray, val: np.ndarray, vocab_size: int) -> Iterator[flo
             yield min(start + CHUNK, len(train)) / len(train)
     unigram = (counts + 1) / (counts.sum() + vocab_size)
     uses = np.bincount(val, minlength=vocab_size)
-    unigram_loss = -(uses * np.log(unigram)).sum() / uses.sum()
+    unigram_loss = (uses * np.log(1 / unigram)).sum() / uses.sum()
     left, right = pairs // vocab_size, pairs % vocab_size
     # The unigram is the prior of each row (MacKay and Peto 1995): unseen pairs have a probability too.
     bigram = (pair_counts + PRIOR * unigram[right]) / (firsts[left] + PRIOR)
-    bigram_loss = -(pair_uses * np.log(bigram)).sum() / max(pair_uses.sum(), 1)
+    bigram_loss = (pair_uses * np.log(1 / bigram)).sum() / max(pair_uses.sum(), 1)
     overlap = hash_uses[seen].sum() / max(hash_uses.sum(), 1)
     yield Baselines(float(unigram_loss), float(bigram_loss), float(overlap))
 

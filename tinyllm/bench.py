@@ -23,6 +23,7 @@ from tinyllm.runtime import compiled, matmul_rate, peak_memory
 from tinyllm.sanity.cost import flops_a_token
 
 WARM_UP, LEAST = 2, 3  # steps before the measurement, and within it
+AT_LEAST = WARM_UP + LEAST + 1  # steps in all: the last one goes to the profiler
 OPTIMIZER = "the optimizer"
 # What an operation is part of says more than its own name: the optimizer, or an operation of `fast.py`.
 WITHIN = {OPTIMIZER: OPTIMIZER, "CrossEntropy": "loss", "RMSNorm": "norms", "ReLU2": "activations"}

@@ -29,6 +29,7 @@ VERSION = 3  # 2 had no seal, and the first version of the fields below
 LATEST, BEST = "ckpt.pt", "best.pt"
 LARGEST_TABLES = 1 << 26  # bytes
 NAME = re.compile(r"(ckpt|best)(-\d+)?\.pt")  # ckpt-250.pt: the one before, of step 250
+NONE_IS_WHOLE = "no whole checkpoint is here: take a copy from elsewhere, or train from the start"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def load(path: str | Path) -> Checkpoint:
         raise CheckpointError("not a tinyllm checkpoint", where=where)
     version = record.pop("version", None)
     if version not in (2, VERSION):
-        raise CheckpointError(f"a checkpoint of version {version}; this tinyllm reads 2 and {VERSION}", where=where)
+        what = f"a checkpoint of version {version}; this tinyllm reads 2 and {VERSION}"
+        raise CheckpointError(what, where=where, fix="use the tinyllm that wrote it, or train from the start")
     if version == 2:
         record = upgraded(record)
     elif not sealed:
@@ -168,22 +170,20 @@ def find(path: str | Path, wanted: str = BEST) -> Found:
             return Found(file, load(file), tuple(errors))
         except CheckpointError as error:
             errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
     listed = "".join(f"\n  {Path(error.where).name}: {error.what}" for error in errors)
-    raise CheckpointError(f"no checkpoint in this folder can be read:{listed}", where=f"{path}/")
+    raise CheckpointError(f"no checkpoint in this folder can be read:{listed}", where=f"{path}/", fix=NONE_IS_WHOLE)
 
 
 def load_or_point(path: Path) -> Checkpoint:
-    """Load a file; if it cannot be read, the error names the newest good one beside it."""
+    """Load a file; if it cannot be read, the error names the newest good one beside it, if there is one."""
     try:
         return load(path)
     except CheckpointError as error:
-        for file in checkpoints(path.parent) if NAME.fullmatch(path.name) else ():
-            if file != path and archive.is_whole(file):
-                fix = f"the newest good one beside it: {typed(file)}, of step {archive.sealed_step(file):,}"
-                raise CheckpointError(error.what, where=error.where, fix=fix) from None
-        raise
+        whole = (file for file in checkpoints(path.parent) if file != path and archive.is_whole(file))
+        fix = error.fix or NONE_IS_WHOLE
+        if file := next(whole, None):
+            fix = f"the newest good one beside it: {typed(file)}, of step {archive.sealed_step(file):,}"
+        raise CheckpointError(error.what, where=error.where, fix=fix) from None
 
 
 def checkpoints(folder: Path) -> list[Path]:

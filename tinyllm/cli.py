@@ -247,11 +247,12 @@ def bench(
     with redirect_stdout(sys.stderr) if json_ else nullcontext():  # a model of the user's own may print
         prepare_if_missing(settings)
         with importing():
-            from tinyllm.bench import bench
+            from tinyllm.bench import AT_LEAST, bench
             from tinyllm.engine import open_run
 
         run = open_run(settings, to_train=True)
         ui.note(run.runtime.summary)
+        ui.note(f"measuring for about {seconds:g} s, {AT_LEAST} steps at the least")
         found = bench(run, seconds)
     if json_:
         print(json.dumps(asdict(found), indent=2))

@@ -162,8 +162,7 @@ def refuse_larger_than_memory(run: Run, to_train: bool = False) -> None:
         return
     if size > free:
         what = f"the weights take {amount(size, 'B')}, and {amount(free, 'B')} of memory are free"
-        smaller = "n_embd, n_layer, ngram_rows" if run.config.model.ngrams > 1 else "n_embd, n_layer"
-        raise RunError(what, fix=f"a smaller model.{smaller} or vocabulary; a run needs four times its weights")
+        raise RunError(what, fix="a smaller model or vocabulary; a run needs four times its weights")
     config = run.config
     if not to_train or config.runtime.compile:  # the compiler may compute again what it does not hold
         return

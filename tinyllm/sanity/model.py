@@ -154,18 +154,19 @@ def initial_weights(subject: Subject) -> Result:
         return failed(f"{len(narrow)} tensors in 16 bits", "float32 weights", diagnosis, fix)
     if is_ours(subject):
         for name, p in ((name, p.detach()) for name, p in model.named_parameters()):
-            wanted = expected_std(name, p, config)
-            found = float(p.std(correction=0)) if p.numel() > 1 else wanted
-            is_gain = "norm" in name and name.endswith("weight")
-            if p.dim() < 2 and not bool((p == float(is_gain)).all()):
-                diagnosis = f"{name} starts at {float(p.mean()):.3g} on average"
-                return failed(f"{name}: {float(p.mean()):.3g}", str(int(is_gain)), diagnosis, "gains at 1, biases at 0")
-            if p.dim() >= 2 and not wanted and bool(p.any()):
-                return failed(f"{name}: not zero", "zero", f"{name} should start at zero, and does not", "zero_()")
+            if p.dim() < 2:
+                start = float("norm" in name and name.endswith("weight"))
+                if not bool((p == start).all()):
+                    measured, fix = f"{name}: {float(p.mean()):.3g}", "gains at 1, biases at 0"
+                    diagnosis = f"{name} starts at {float(p.mean()):.3g} on average"
+                    return failed(measured, f"{start:.0f}", diagnosis, fix)
+                continue
+            wanted = expected_std(name, config)
+            found = float(p.square().mean().sqrt()) if p.numel() > 1 else wanted  # the mean should be zero
             if abs(found - wanted) > max(0.1, 5 / p.numel() ** 0.5) * wanted + 1e-9:
                 diagnosis = f"{name} starts with a standard deviation of {found:.4f} instead of {wanted:.4f}"
                 fix = "0.02 as in GPT-2, and 0.02 / sqrt(2 n_layer) for the projections into the residual stream"
-                return failed(f"{name}: std {found:.4f}", f"{wanted:.4f}", diagnosis, fix)
+                return failed(f"{name}: std {found:.4f}", f"{wanted:.4f}", diagnosis, fix if wanted else "zero_()")
         return passed("all tensors start with the spread of the recipe", "GPT-2's initialization")
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     if matrices and not any(bool(p.any()) for p in matrices):
@@ -185,10 +186,8 @@ def initial_weights(subject: Subject) -> Result:
     return passed(f"finite; activations grow {growth:.1f} times over the blocks", "finite, and less than 30 times")
 
 
-def expected_std(name: str, parameter: Tensor, config: ModelConfig) -> float:
-    """Spread of a fresh tensor of the built-in model."""
-    if parameter.dim() < 2:
-        return 0.0
+def expected_std(name: str, config: ModelConfig) -> float:
+    """Spread around zero of a fresh matrix of the built-in model."""
     into_stream = name.endswith("proj.weight")
     if name == "ngrams.weight" or (config.zero_init and (into_stream or name == "head.weight")):
         return 0.0
