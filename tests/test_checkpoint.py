@@ -401,6 +401,10 @@ def test_a_damaged_file_points_to_the_newest_good_one(tmp_path):
     with pytest.raises(CheckpointError) as error:
         find(tmp_path / "ckpt.pt")
     assert error.value.fix.endswith("best.pt, of step 2")
+    (tmp_path / "metrics.jsonl").write_bytes(b"{}")
+    with pytest.raises(CheckpointError) as error:
+        find(tmp_path / "metrics.jsonl")
+    assert error.value.fix.endswith("best.pt, of step 2")
     (tmp_path / "best.pt").write_bytes(b"")
     for path in (tmp_path / "ckpt.pt", tmp_path):
         with pytest.raises(CheckpointError) as error:

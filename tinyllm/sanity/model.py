@@ -164,9 +164,9 @@ def initial_weights(subject: Subject) -> Result:
             wanted = expected_std(name, config)
             found = float(p.square().mean().sqrt()) if p.numel() > 1 else wanted  # the mean should be zero
             if abs(found - wanted) > max(0.1, 5 / p.numel() ** 0.5) * wanted + 1e-9:
-                diagnosis = f"{name} starts with a standard deviation of {found:.4f} instead of {wanted:.4f}"
+                diagnosis = f"{name} starts with a root mean square of {found:.4f} instead of {wanted:.4f}"
                 fix = "0.02 as in GPT-2, and 0.02 / sqrt(2 n_layer) for the projections into the residual stream"
-                return failed(f"{name}: std {found:.4f}", f"{wanted:.4f}", diagnosis, fix if wanted else "zero_()")
+                return failed(f"{name}: RMS {found:.4f}", f"{wanted:.4f}", diagnosis, fix if wanted else "zero_()")
         return passed("all tensors start with the spread of the recipe", "GPT-2's initialization")
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     if matrices and not any(bool(p.any()) for p in matrices):
