@@ -1,13 +1,24 @@
 """What several tests need: a little prepared data, and run configs small enough for hundreds of steps a second."""
 
+import signal
+
 import pytest
 import torch
 
 from tinyllm.config import DataConfig, RunConfig, check
 from tinyllm.engine import Run, open_run
 from tinyllm.prepare import Prepared, prepare
+from tinyllm.process import SIGNALS
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_as_in_a_terminal():
+    """A script's `&` ignores SIGINT, `nohup` SIGHUP, and what the tests start would inherit that."""
+    for number in SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

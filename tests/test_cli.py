@@ -406,6 +406,21 @@ def test_ctrl_c_saves_though_the_reader_of_the_progress_is_gone(home, tmp_path):
     assert 30 <= torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] < 400
 
 
+@posix
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
+def test_a_signal_that_it_was_started_to_ignore_does_not_stop_it(home, tmp_path, name):
+    """`nohup tinyllm train &`, and the terminal is closed; `tinyllm train &` in a script, and Ctrl-C is pressed."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
+    process = start("train", "--set", f"train.out_dir={tmp_path}/out", cwd=home)
+    signal.signal(number, before)
+    wait_for_step(tmp_path / "out", 30, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert metrics(tmp_path / "out") == metrics(home / "out")
+
+
 def test_a_run_is_not_overwritten_by_accident(home, tmp_path):
     shutil.copytree(home / "out", tmp_path / "out")
     before = (tmp_path / "out" / "ckpt.pt").read_bytes()
@@ -504,6 +519,29 @@ def in_terminal(*args, cwd, columns=80, **env):
     reader.join()
     os.close(ours)
     return b"".join(chunks).decode(), code
+
+
+@posix
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_terminal_that_is_closed_takes_no_step_with_it(home, tmp_path, handler):
+    """It sends SIGHUP, and what is written to it fails: the run is saved, or goes on if SIGHUP is ignored."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    terminal = {"env": {"TERM": "xterm-256color"}, "stdin": theirs, "stdout": subprocess.DEVNULL, "stderr": theirs}
+    before = signal.signal(signal.SIGHUP, handler)
+    process = start("train", "--set", f"train.out_dir={tmp_path}/out", cwd=home, **terminal)
+    signal.signal(signal.SIGHUP, before)
+    os.close(theirs)
+    rows = tmp_path / "out" / "metrics.jsonl"
+    while not rows.exists() or b'"step": 30,' not in rows.read_bytes():
+        os.read(ours, 1 << 16)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == (0 if handler == signal.SIG_IGN else 128 + signal.SIGHUP)
+    saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"]
+    assert metrics(tmp_path / "out") == [row for row in metrics(home / "out") if row["step"] <= saved]
+    assert saved == 400 if handler == signal.SIG_IGN else 30 <= saved < 400
 
 
 @posix

@@ -70,6 +70,7 @@ def stop_on_signals(note: Callable[[str], None]) -> Iterator[Stop]:
     """A Stop that the first SIGINT, SIGTERM or SIGHUP turns true; a second one ends the process as usual.
 
     One that comes before anybody has asked (while torch compiles, for a minute) ends it at once: raises Interrupted.
+    One that we were started to ignore, as `nohup` does with SIGHUP, stays ignored.
     """
     stop = Stop()
 
@@ -81,7 +82,8 @@ def stop_on_signals(note: Callable[[str], None]) -> Iterator[Stop]:
             raise Interrupted
         note("stopping: finishing what must be finished, then saving (again to quit at once)")
 
-    previous = {number: signal.signal(number, handle) for number in SIGNALS}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in heeded}
     try:
         yield stop
     finally:

@@ -43,16 +43,19 @@ class Listener:
     Ctrl-C ends the `tee` of `train 2>&1 | tee log` too, and a lost connection takes the terminal away.
     """
 
+    def __init__(self) -> None:
+        self.stream: TextIO = getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # rich's own while it draws a bar
+
     def write(self, text: str) -> None:
         with suppress(OSError):
-            sys.stderr.write(text)
+            self.stream.write(text)
 
     def flush(self) -> None:
         with suppress(OSError):
-            sys.stderr.flush()
+            self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
+        return getattr(self.stream, name)
 
 
 def stdout() -> Console:
