@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tinyllm.bench import KINDS, OPTIMIZER, WARM_UP, Bench, bench
+from tinyllm.bench import AT_LEAST, KINDS, OPTIMIZER, WARM_UP, Bench, bench
 from tinyllm.config import to_toml
 from tinyllm.engine import new_state, train_step
 from tinyllm.optim import AdamW
@@ -70,6 +70,7 @@ def test_the_command_line(make_config, tmp_path):
         command = [sys.executable, "-m", "tinyllm", "bench", "--seconds", "0", *options]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert "profiler" not in done.stderr  # it logs, unless it is told not to
+        assert f"measuring for about 0 s, {AT_LEAST} steps at the least" in done.stderr
         return done.stdout
 
     assert "tokens a second" in (shown := said())

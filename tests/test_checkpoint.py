@@ -325,6 +325,14 @@ def test_version_2_is_read(tmp_path):
     assert "has another checksum" in assert_refused(tmp_path / "a.pt")
 
 
+def test_another_version_asks_for_the_tinyllm_that_wrote_it(tmp_path):
+    archive.write(tmp_path / "ckpt.pt", record(version=9), step=3)
+    for read in (load, find):
+        with pytest.raises(CheckpointError, match="of version 9; this tinyllm reads 2 and 3") as error:
+            read(tmp_path / "ckpt.pt")
+        assert error.value.fix == "use the tinyllm that wrote it, or train from the start"
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -38,12 +38,25 @@ def test_rms_norm_is_its_formula(dtype, near, scale, weighted):
     y = rms_norm(x, weight, 1e-6)
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), expected, rtol=near, atol=near)
+    with torch.no_grad():
+        torch.testing.assert_close(rms_norm(x, weight, 1e-6).double(), expected, rtol=near, atol=near)
     y.backward(up)
     expected.backward(up.double())
     for own, right in zip([t for t in (x, weight) if t is not None], copies, strict=True):
         assert own.grad.dtype == own.dtype
         size = right.grad.abs().max().item()
         torch.testing.assert_close(own.grad.double(), right.grad, rtol=near, atol=near * size)
+
+
+def test_rms_norm_of_few_numbers_is_left_to_torch_without_gradients(monkeypatch):
+    calls = []
+    monkeypatch.setattr(fast.F, "rms_norm", lambda x, *args: calls.append(len(x)) or x)
+    few, many = torch.ones(1, 64), torch.ones(fast.FEW // 64 + 1, 64)
+    rms_norm(few), rms_norm(many)
+    assert not calls
+    with torch.inference_mode():
+        rms_norm(few), rms_norm(many)
+    assert calls == [1]
 
 
 def test_rms_norm_of_zeros_is_zero():
