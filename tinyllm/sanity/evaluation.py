@@ -15,6 +15,7 @@ from tinyllm.engine import Run, TrainState, evaluate, evaluate_both, train_step
 from tinyllm.runtime import compiled, seed_torch
 from tinyllm.sanity.data import places_of
 from tinyllm.sanity.instruments import (
+    Call,
     apart,
     called,
     cross_entropy,
@@ -32,14 +33,11 @@ from tinyllm.sanity.subject import ROWS, Subject
 def training_mode(subject: Subject) -> Result:
     """A step trains in training mode, whatever came before it, and its dropout follows step and micro-batch."""
     run = small(subject)
-    state = subject.own_state(run)
-    state.model.eval()
-    with called(state.model) as calls, watched(state, hold=True):
-        train_step(run, state, subject.batch)
-    if not all(call.training for call in calls):
+    calls = [calls_of_step(subject, run, step, disturb) for step, disturb in ((0, 1), (0, 2), (1, 3))]
+    if not all(call.training for call in calls[0]):
         diagnosis = "parts of the model are in evaluation mode during a training step: dropout is off"
         return failed("evaluation mode", "training mode", diagnosis, "model.train() at the start of each step")
-    draws = [outputs_of_step(subject, run, step, disturb) for step, disturb in ((0, 1), (0, 2), (1, 3))]
+    draws = [torch.stack([call.output for call in of_step if not call.name]) for of_step in calls]  # (2, B, T, V) each
     expected, fix = "dropout by (seed, step, micro-batch)", "seed the generator by (seed, step, micro-batch)"
     if not torch.equal(draws[0], draws[1]):
         diagnosis = "the same step gives other values the second time: its dropout depends on what was drawn before"
@@ -55,15 +53,16 @@ def training_mode(subject: Subject) -> Result:
     return passed("on in training, another in each step and micro-batch", expected)
 
 
-def outputs_of_step(subject: Subject, run: Run, step: int, disturb: int) -> Tensor:
-    """The model's outputs in the two micro-batches of a step, which get the same tokens, (2, B, T, V)."""
+def calls_of_step(subject: Subject, run: Run, step: int, disturb: int) -> list[Call]:
+    """What the model's modules do in the two micro-batches of a step, which get the same tokens."""
     state = subject.own_state(run)
     state.step = step
+    state.model.eval()
     seed_torch(disturb)  # what was drawn before must not matter
     inputs, targets = (np.concatenate([a[: ROWS // 2]] * 2) for a in subject.batch)
     with called(state.model) as calls, watched(state, hold=True):
         train_step(run, state, (inputs, targets))
-    return torch.stack([call.output for call in calls if not call.name])
+    return calls
 
 
 def small(subject: Subject) -> Run:
