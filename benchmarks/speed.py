@@ -5,7 +5,7 @@
 
 machine   what it is, and what matrix products reach on it
 step      an optimizer step of nanoGPT's two Shakespeare models, and the memory that it takes
-start     from Enter to the first line, and to the first step
+start     from Enter to the first line, and to the first step, beside the import of torch
 sample    new tokens a second, one text and sixteen at a time
 prepare   text to GPT-2's tokens, beside tiktoken on one thread, and the memory that it takes
 growth    the time of a step against batch, context, width and depth
@@ -161,9 +161,14 @@ def start(folder: Path, text: Path, turns: int) -> None:
     for name, arguments in commands.items():
         times = [timed(lambda a=arguments: run([*TINYLLM, *a])) for _ in range(2 * turns + 1)]
         row(f"{name}, seconds", times[1:])
-    for name, options in {"first step": [], "first step, no checks": ["--no-sanity"]}.items():
-        times = [first_step(folder, text, config[0], options) for _ in range(turns + 1)]
-        row(f"{name}, seconds", times[1:])
+    parts: dict[str, Callable[[], float]] = {
+        "import torch alone": lambda: timed(lambda: run([sys.executable, "-c", "import torch"])),
+        "first step": lambda: first_step(folder, text, config[0], []),
+        "first step, no checks": lambda: first_step(folder, text, config[0], ["--no-sanity"]),
+    }
+    seconds = [[part() for part in parts.values()] for _ in range(turns + 1)]
+    for name, *times in zip(parts, *seconds[1:], strict=True):
+        row(f"{name}, seconds", times)
 
 
 def sample(folder: Path, text: Path, turns: int) -> None:
