@@ -15,7 +15,6 @@ from tinyllm.engine import Run, TrainState, evaluate, evaluate_both, train_step
 from tinyllm.runtime import compiled, seed_torch
 from tinyllm.sanity.data import places_of
 from tinyllm.sanity.instruments import (
-    Call,
     apart,
     called,
     cross_entropy,
@@ -33,11 +32,11 @@ from tinyllm.sanity.subject import ROWS, Subject
 def training_mode(subject: Subject) -> Result:
     """A step trains in training mode, whatever came before it, and its dropout follows step and micro-batch."""
     run = small(subject)
-    calls = [calls_of_step(subject, run, step, disturb) for step, disturb in ((0, 1), (0, 2), (1, 3))]
-    if not all(call.training for call in calls[0]):
+    seen = [observed(subject, run, step, disturb) for step, disturb in ((0, 1), (0, 2), (1, 3))]
+    in_training, draws = zip(*seen, strict=True)
+    if not all(in_training):
         diagnosis = "parts of the model are in evaluation mode during a training step: dropout is off"
         return failed("evaluation mode", "training mode", diagnosis, "model.train() at the start of each step")
-    draws = [torch.stack([call.output for call in of_step if not call.name]) for of_step in calls]  # (2, B, T, V) each
     expected, fix = "dropout by (seed, step, micro-batch)", "seed the generator by (seed, step, micro-batch)"
     if not torch.equal(draws[0], draws[1]):
         diagnosis = "the same step gives other values the second time: its dropout depends on what was drawn before"
@@ -53,8 +52,11 @@ def training_mode(subject: Subject) -> Result:
     return passed("on in training, another in each step and micro-batch", expected)
 
 
-def calls_of_step(subject: Subject, run: Run, step: int, disturb: int) -> list[Call]:
-    """What the model's modules do in the two micro-batches of a step, which get the same tokens."""
+def observed(subject: Subject, run: Run, step: int, disturb: int) -> tuple[bool, Tensor]:
+    """Whether all modules train in a step, and the model's outputs in its two micro-batches, (2, B, T, V).
+
+    Both get the same tokens; the model comes to it in evaluation mode.
+    """
     state = subject.own_state(run)
     state.step = step
     state.model.eval()
@@ -62,7 +64,8 @@ def calls_of_step(subject: Subject, run: Run, step: int, disturb: int) -> list[C
     inputs, targets = (np.concatenate([a[: ROWS // 2]] * 2) for a in subject.batch)
     with called(state.model) as calls, watched(state, hold=True):
         train_step(run, state, (inputs, targets))
-    return calls
+    outputs = torch.stack([call.output.detach() for call in calls if not call.name])
+    return all(call.training for call in calls), outputs
 
 
 def small(subject: Subject) -> Run:
