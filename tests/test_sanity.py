@@ -89,6 +89,14 @@ def test_a_check_that_breaks_down_is_a_failure(make_run):
     assert three.verdict == "pass", "the others go on"
 
 
+def test_steps_that_break_down_after_all_weights_have_moved_are_found(make_run):
+    """At this rate two steps go well, and the third has no finite gradient."""
+    run = make_run("model.n_layer=2", "optim.name=muon", "optim.muon_lr=1000", "optim.lr=1000", "optim.grad_clip=0")
+    (result,) = results_of(run, "weights move").values()
+    assert result.verdict == "fail"
+    assert "the weights have not taken it" in result.measured
+
+
 # ---- What is unwise, and what is wrong with the config or the data alone ----
 
 

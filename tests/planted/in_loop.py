@@ -176,7 +176,7 @@ BUGS = [
     bug(
         "weights depend on what was drawn before",
         "init from the global generator",
-        "initial weights",
+        ("initial weights", "repeatable"),
         ("model.py", "0.0, std, generator=generator", "0.0, std"),
     ),
     # ---- Checkpoints ----

@@ -32,10 +32,10 @@ def steps(run: Run, state: TrainState, subject: Subject, count: int) -> TrainSta
 
 
 def repeatable(subject: Subject) -> Result:
-    """The same steps twice, with an evaluation and other random draws in between, end in the same bits."""
+    """The same run twice, with an evaluation and other random draws in between, ends in the same bits."""
     run = small(subject)
-    first = steps(run, subject.own_state(run), subject, 2)
-    second = steps(run, subject.own_state(run), subject, 1)
+    first = steps(run, new_state(run), subject, 2)
+    second = steps(run, new_state(run), subject, 1)
     torch.rand(7)
     np.random.rand(3)
     evaluate(run, second.model, "val", n_windows=2)

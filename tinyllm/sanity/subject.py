@@ -70,9 +70,9 @@ class Subject:
         """The same with random weights of natural size everywhere, like `woken`. Not to be changed either."""
         return wake(copy.deepcopy(self.own))
 
-    def own_state(self, run: Run, *, woken: bool = True) -> TrainState:
-        """A copy of one of these two, with optimizers of its own."""
-        model = copy.deepcopy(self.own_woken if woken else self.own)
+    def own_state(self, run: Run) -> TrainState:
+        """A copy of that, with optimizers of its own."""
+        model = copy.deepcopy(self.own_woken)
         return TrainState(model, build_optimizers(model, run.config.optim, run.runtime.dtype))
 
     @cached_property
