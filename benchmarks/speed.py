@@ -54,10 +54,12 @@ import json, sys, time
 import torch
 from tinyllm import engine
 from tinyllm.config import load
-from tinyllm.generate import Sampling, generate
+from tinyllm.generate import Sampling, as_multiplied, generate
 path, n, tokens, *overrides = sys.argv[1:]
 run = engine.open_run(load(path, overrides))
 model, seconds = engine.new_model(run), []
+if run.runtime.dtype == torch.bfloat16:  # as tinyllm sample does
+    as_multiplied(model)
 start = time.perf_counter()
 for _ in generate(model, [0], Sampling(max_new_tokens=int(tokens)), n_samples=int(n)):
     seconds.append(time.perf_counter() - start)

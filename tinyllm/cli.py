@@ -372,6 +372,7 @@ def sample(
         from tinyllm.checkpoint import BEST
         from tinyllm.folder import reopen
         from tinyllm.generate import Sampling, Speaker
+        from tinyllm.kernels import before_compiling
 
     text = read_prompt(prompt, prompt_file)
     settings, found = reopen(checkpoint, set_ or (), BEST, may_change=("model.class",))
@@ -380,7 +381,8 @@ def sample(
     ids = speaker.encode(text)
     ui.note(f"{found.path}, step {speaker.step:,}")
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens, seed)
-    ui.show_samples(text, speaker.speak(ids, sampling, n), n)
+    with before_compiling(lambda: ui.note("compiling the loops that sample: once on this machine, a few seconds")):
+        ui.show_samples(text, speaker.speak(ids, sampling, n), n)
 
 
 def note_found(found: "Found", settings: "RunConfig") -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,11 @@ from tinyllm.config import RunConfig
 from tinyllm.errors import CheckpointError, TokenizerError
 from tinyllm.model import GPT, KVCache
 from tinyllm.runtime import choose_device
+
+if TYPE_CHECKING:
+    from tinyllm.decode import Decoder
+
+WORTH_LOADING = 128  # new tokens from which on compiled loops save more time than it takes to load them
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,14 @@ def generate(
     ended = [False] * n_samples
     size = min(block_size, history.shape[1] + sampling.max_new_tokens)  # positions that can be needed
     cache, new = KVCache(model, n_samples, size) if isinstance(model, GPT) else None, history
+    decoder = fast_decoder(model, cache) if cache and sampling.max_new_tokens >= WORTH_LOADING else None
     for _ in range(sampling.max_new_tokens):
         if cache and cache.length + new.shape[1] > block_size:
-            cache, new = KVCache(model, n_samples, size), history[:, -max(1, block_size // 2) :]
-        logits = (model(new, cache) if cache else model(history))[:, -1, :n_tokens]
+            cache.length, new = 0, history[:, -max(1, block_size // 2) :]
+        if decoder and cache.length:
+            logits = decoder(new)[:, :n_tokens]
+        else:
+            logits = (model(new, cache) if cache else model(history))[:, -1, :n_tokens]
         draws = torch.tensor([u.random() for u in uniforms], dtype=torch.float64)
         chosen = choose(logits, sampling, draws)
         step_ids = [None if ended[i] or token == end_token else token for i, token in enumerate(chosen.tolist())]
@@ -77,6 +87,24 @@ def generate(
             return
         new = chosen.to(device)[:, None]
         history = torch.cat((history, new), dim=1)[:, -block_size:]
+
+
+@torch.no_grad()
+def as_multiplied(model: GPT) -> None:
+    """Round matrices, in place, as each product of a run in bfloat16 does: what is sampled is what was evaluated.
+
+    Nothing else is rounded, so that what a text says does not depend on how many are written at once.
+    """
+    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    for matrix in matrices if model.head else [*matrices, model.wte.weight]:
+        matrix.copy_(matrix.to(torch.bfloat16))
+
+
+def fast_decoder(model: GPT, cache: KVCache) -> "Decoder | None":
+    """What says one token after another faster than the model does itself; None where nothing is."""
+    from tinyllm import decode
+
+    return decode.Decoder(model, cache) if decode.fits(model) else None
 
 
 def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
@@ -143,6 +171,8 @@ class Speaker:
         check_sizes(checkpoint, model)
         self.model = custom.build(model, vocab_size, self.config.train.seed) if model.class_ else GPT(model, vocab_size)
         load_weights(self.model, checkpoint.model)
+        if self.config.runtime.dtype == "bfloat16" and not model.class_:
+            as_multiplied(self.model)
         self.model.to(self.device)
         if model.class_:
             custom.check_contract(self.model, model, vocab_size)

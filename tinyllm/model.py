@@ -166,15 +166,8 @@ class GPT(nn.Module):
 
         With a cache, tokens continue what it holds (an empty one takes any T, a filled one T = 1).
         """
-        T = tokens.shape[1]
-        start = 0 if cache is None else cache.length
-        x, rope = self.wte(tokens), None
-        if self.wpe is not None:
-            x = x + self.wpe.weight[start : start + T]
-        if self.ngrams is not None:
-            seen = tokens if cache is None else cache.seen(tokens)
-            rows = ngram_rows(seen[:, -(T + self.config.ngrams - 1) :], self.config)
-            x = x + self.ngrams(rows[:, -T:]).sum(2)
+        T, start = tokens.shape[1], 0 if cache is None else cache.length
+        x, rope = self.embed(tokens, cache), None
         if torch.is_autocast_enabled(x.device.type):  # the stream too: half the bytes, no casts at norms and sums
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.wpe is None:
@@ -186,6 +179,18 @@ class GPT(nn.Module):
             cache.length += T
         x = self.norm(x)
         return F.linear(x, self.wte.weight) if self.head is None else self.head(x)
+
+    def embed(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """What the first block is given, (B, T, C): embeddings of tokens, of their positions, of what they end."""
+        T, at = tokens.shape[1], 0 if cache is None else cache.length
+        x = self.wte(tokens)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[at : at + T]
+        if self.ngrams is not None:
+            seen = tokens if cache is None else cache.seen(tokens)
+            rows = ngram_rows(seen[:, -(T + self.config.ngrams - 1) :], self.config)
+            x = x + self.ngrams(rows[:, -T:]).sum(2)
+        return x
 
 
 class KVCache:

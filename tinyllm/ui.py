@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich import box
@@ -360,8 +361,10 @@ def show_samples(prompt: str, steps: Iterable[Sequence[str | None]], n_samples: 
     """Write the prompt and stream the first sample; the others follow when it has ended, after a line of dashes."""
     write = sys.stdout.write
     others = [prompt] * (n_samples - 1)
+    steps = iter(steps)
+    first = list(islice(steps, 2))  # what may have to be said, or compiled, comes before the prompt, not into its line
     write(prompt)
-    for step in steps:
+    for step in chain(first, steps):
         write(step[0] or "")
         sys.stdout.flush()
         others = [text + (piece or "") for text, piece in zip(others, step[1:], strict=True)]

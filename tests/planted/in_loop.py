@@ -362,6 +362,56 @@ BUGS = [
     ),
     # ---- Generation ----
     bug(
+        "the loops read the newest key too late",
+        "attention to what was there before, without the token itself",
+        "fast sampling",
+        ("kernels.py", "for t in range(at + 1):", "for t in range(max(at, 1)):", 3),
+    ),
+    bug(
+        "the loops stay where they are",
+        "the cache's length is not counted on",
+        "fast sampling",
+        ("decode.py", "        self.cache.length += 1\n", ""),
+    ),
+    bug(
+        "the loops forget a residual connection",
+        "the attention's result in place of the stream, not added to it",
+        "fast sampling",
+        (
+            "decode.py",
+            "kernels.linear(self.said, *proj, self.x, True)",
+            "kernels.linear(self.said, *proj, self.x, False)",
+        ),
+    ),
+    bug(
+        "the loops norm before the rotation only keys",
+        "queries are left as they are",
+        "fast sampling",
+        (
+            "kernels.py",
+            "        for x in (q, k):\n            if qk_eps:\n",
+            "        for x in (q, k):\n            if qk_eps and x[0] == k[0]:\n",
+        ),
+        set=("model.recipe=modern",),
+    ),
+    bug(
+        "a GELU too steep",
+        "x for x / sqrt(2) in the error function",
+        "fast sampling",
+        ("kernels.py", "T = f32(0.3275911 / math.sqrt(2))", "T = f32(0.3275911)"),
+        set=("model.activation=gelu",),
+    ),
+    bug(
+        "matrices in fewer bits than they have",
+        "half the bytes, whatever is lost",
+        "fast sampling",
+        (
+            "decode.py",
+            "if torch.equal(half.float(), weight) else array(weight)",
+            "if half.dim() == 2 else array(weight)",
+        ),
+    ),
+    bug(
         "the first position's logits",
         "[:, 0] for [:, -1]",
         "generation",

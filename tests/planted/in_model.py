@@ -159,7 +159,7 @@ BUGS = [
         "the embedding is detached",
         "the tied table learns from the output side only",
         ("gradient reach", "gradient", "formula"),
-        ("model.py", "x, rope = self.wte(tokens), None\n", "x, rope = self.wte(tokens).detach(), None\n"),
+        ("model.py", "x = self.wte(tokens)\n", "x = self.wte(tokens).detach()\n"),
     ),
     # ---- Formula ----
     bug(
@@ -208,8 +208,8 @@ BUGS = [
         ("formula", "gradient reach"),
         (
             "model.py",
-            "            x = x + self.wpe.weight[start : start + T]\n",
-            "            x + self.wpe.weight[start : start + T]\n",
+            "            x = x + self.wpe.weight[at : at + T]\n",
+            "            x + self.wpe.weight[at : at + T]\n",
         ),
     ),
     bug(
@@ -218,8 +218,8 @@ BUGS = [
         ("causal mask", "formula"),
         (
             "model.py",
-            "x = x + self.wpe.weight[start : start + T]",
-            "x = x + self.wpe.weight[start : start + T].flip(0)",
+            "x = x + self.wpe.weight[at : at + T]",
+            "x = x + self.wpe.weight[at : at + T].flip(0)",
         ),
     ),
     bug(
@@ -377,8 +377,8 @@ BUGS = [
         "generation",
         (
             "model.py",
-            "start = 0 if cache is None else cache.length",
-            "start = 0 if cache is None else max(cache.length - 1, 0)",
+            "at = tokens.shape[1], 0 if cache is None else cache.length",
+            "at = tokens.shape[1], 0 if cache is None else max(cache.length - 1, 0)",
         ),
     ),
     bug(

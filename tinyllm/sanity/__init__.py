@@ -90,6 +90,7 @@ CHECKS: tuple[Check, ...] = (
     Check("train loop", "a loop that skips, repeats, or keeps the wrong weights", loop.train_loop, quick=False),
     Check("memory growth", "a step that leaves tensors behind", loop.memory_growth),
     Check("generation", "a cache that remembers wrongly", loop.generation),
+    Check("fast sampling", "compiled loops that say something else", loop.fast_sampling, quick=False),
     Check("overfit one batch", "a model that cannot learn at all", trainings.overfit, quick=False),
     Check(
         "short run",

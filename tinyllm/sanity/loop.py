@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyllm import checkpoint as ckpt
 from tinyllm.engine import Run, TrainState, evaluate, new_state, restore, snapshot, train, train_step
@@ -18,7 +18,7 @@ from tinyllm.generate import Sampling, choose, generate
 from tinyllm.model import GPT, KVCache
 from tinyllm.sanity.evaluation import small
 from tinyllm.sanity.instruments import called, logits_of, variant
-from tinyllm.sanity.result import Result, failed, listed, passed
+from tinyllm.sanity.result import Result, failed, listed, passed, skipped
 from tinyllm.sanity.subject import Subject
 
 
@@ -267,6 +267,35 @@ def cached_wrongly(subject: Subject, length: int) -> str:
     error = (torch.cat(pieces, dim=1) - whole).abs().amax((0, 2)) / whole.std()
     wrong = (error > 1e-3).nonzero()
     return f"with its cache the model gives other logits, from position {int(wrong[0])} on" if len(wrong) else ""
+
+
+def fast_sampling(subject: Subject) -> Result:
+    """The compiled loops, through which a long text goes, give the logits of the whole text read at once."""
+    model = copy.deepcopy(subject.woken)
+    decoded = logits_decoded(model, tokens := subject.tensor(subject.batch[0][:3]))
+    if decoded is None:
+        return skipped("the compiled loops are for the built-in model, on a CPU")
+    error = (decoded - logits_of(model, tokens)).abs().amax((0, 2)) / decoded.std()
+    expected = "those of the whole text, within 0.1% of their spread"
+    if not bool((error <= 1e-3).all()):
+        first = int((~(error <= 1e-3)).nonzero()[0])
+        diagnosis = f"long texts are sampled from other logits than the model's, from position {first} on"
+        return failed(f"off by {float(error.max()):.2g}", expected, diagnosis, "look at decode.py and kernels.py")
+    return passed(f"logits of {len(tokens)} texts, off by {float(error.max()):.1g} of their spread", expected)
+
+
+def logits_decoded(model: nn.Module, tokens: Tensor) -> Tensor | None:
+    """Logits (B, T, V) of tokens (B, T), the first half of them read at once, the others through the loops, if any."""
+    from tinyllm.decode import Decoder, fits  # which takes as long as some checks
+
+    if not fits(model):
+        return None
+    cache, half = KVCache(model, len(tokens)), max(1, tokens.shape[1] // 2)
+    with torch.no_grad():
+        parts = [model(tokens[:, :half], cache)]
+    decoder = Decoder(model, cache)
+    parts += [decoder(tokens[:, at : at + 1])[:, None].clone() for at in range(half, tokens.shape[1])]
+    return torch.cat(parts, dim=1)
 
 
 def sampled_wrongly() -> str:

@@ -1,0 +1,175 @@
+"""The compiled loops of sampling against the model they stand for, which runs through torch."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_generate import make_model
+from torch import nn
+
+from tinyllm import decode, generate, kernels
+from tinyllm.decode import Decoder, fits
+from tinyllm.generate import Sampling, as_multiplied
+from tinyllm.model import KVCache
+
+FORMS = {
+    "gpt2": {"recipe": "gpt2", "tie_embeddings": True},
+    "gpt2, tanh, no bias": {"activation": "gelu_tanh", "bias": False},
+    "modern": {"recipe": "modern"},
+    "swiglu, positions learned": {"recipe": "modern", "activation": "swiglu", "positions": "learned"},
+    "rmsnorm, bias": {"norm": "rmsnorm", "activation": "relu2", "bias": True},
+    "n-grams": {"recipe": "modern", "ngrams": 3, "ngram_rows": 50, "qk_norm": False},
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("n_texts", [1, 2, 4, 5])
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_are_those_of_the_model(form, n_texts, packed):
+    model = make_model(vocab_size=13 if n_texts > 1 else 3, **FORMS[form]).eval()
+    if packed:
+        as_multiplied(model)
+    tokens = torch.randint(0, 3, (n_texts, 10), generator=torch.Generator().manual_seed(2))
+    cache = KVCache(model, n_texts)
+    with torch.no_grad():
+        expected = model(tokens)
+        model(tokens[:, :2], cache)
+    decoder = Decoder(model, cache)
+    assert all(layer.weight.dtype == (np.uint16 if packed else np.float32) for layer in decoder.blocks[0][1:3])
+    for at in range(2, 10):
+        logits = decoder(tokens[:, at : at + 1])
+        torch.testing.assert_close(logits, expected[:, at], rtol=2e-5, atol=2e-5)
+    assert cache.length == 10
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_of_an_everyday_size(packed):
+    """Whose sums are long enough to show how they are rounded: no worse than torch's, beside float64."""
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 256, "block_size": 64}
+    model = make_model(vocab_size=301, scale=0.1, **sizes).eval()
+    if packed:
+        as_multiplied(model)
+    tokens = torch.randint(0, 301, (3, 64), generator=torch.Generator().manual_seed(2))
+    cache = KVCache(model, 3)
+    decoder = Decoder(model, cache)
+    got = torch.stack([decoder(tokens[:, at : at + 1]).clone() for at in range(64)], dim=1)
+    with torch.no_grad():
+        by_torch, exact = model(tokens), model.double()(tokens)
+    assert (got - exact).abs().max() < 4 * (by_torch - exact).abs().max()
+
+
+def test_long_texts_go_through_the_loops_and_are_the_same(monkeypatch):
+    model, seen = make_model("modern"), []
+    call = Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda self, tokens: seen.append(len(tokens)) or call(self, tokens))
+
+    def texts(n_tokens):
+        sampling = Sampling(temperature=1.0, max_new_tokens=n_tokens, seed=3)
+        return list(generate.generate(model, [1, 2, 3], sampling, n_samples=3))
+
+    long = texts(generate.WORTH_LOADING)
+    assert len(seen) > 0.7 * generate.WORTH_LOADING  # all but the prompt, and when the window slides
+    assert set(seen) == {3}
+    seen.clear()
+    short = texts(generate.WORTH_LOADING - 1)
+    assert not seen
+    assert long[:-1] == short
+    monkeypatch.setattr(decode, "fits", lambda model: False)
+    assert texts(generate.WORTH_LOADING) == long
+    assert not seen
+
+
+def test_weights_that_are_no_numbers_give_logits_that_are_none():
+    model = make_model()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc.weight[0, 0] = float("nan")
+    decoder = Decoder(model.eval(), KVCache(model, 1))
+    assert decoder(torch.tensor([[1]])).isnan().all()
+
+
+def test_only_matrices_of_products_are_rounded():
+    model, before = make_model(), make_model()
+    as_multiplied(model)
+    for (name, got), was in zip(model.named_parameters(), before.parameters(), strict=True):
+        a_product = name.endswith(("qkv.weight", "proj.weight", "fc.weight", "head.weight"))
+        assert torch.equal(got, was.bfloat16().float() if a_product else was), name
+    tied = make_model(tie_embeddings=True)
+    as_multiplied(tied)
+    assert torch.equal(tied.wte.weight, tied.wte.weight.bfloat16().float())
+
+
+def test_what_the_loops_are_not_for():
+    assert fits(make_model())
+    assert not fits(make_model().double())
+    assert not fits(nn.Linear(2, 2))
+
+
+def test_threads_that_start_slowly_are_not_used():
+    """Numba's last resort where there is no OpenMP: each loop would take longer to start than to run."""
+    code = "from test_generate import make_model; from tinyllm.decode import fits; print(fits(make_model()))"
+    for layer, expected in (("workqueue", "False"), ("omp", "True")):
+        environment = os.environ | {"NUMBA_THREADING_LAYER": layer, "PYTHONPATH": os.path.dirname(__file__)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        if layer == "omp" and "No threading layer could be loaded" in done.stderr:
+            pytest.skip("no OpenMP here")
+        assert done.stdout.strip() == expected, done.stderr
+
+
+# ---- Functions of one number ----
+
+
+@kernels.serial
+def over(x, which, out):
+    for i in range(x.size):
+        if which == 0:
+            out[i] = kernels.exp(x[i])
+        elif which == 1:
+            out[i] = kernels.gelu(x[i])
+        elif which == 2:
+            out[i] = kernels.gelu_tanh(x[i])
+        else:
+            out[i] = kernels.silu(x[i])
+
+
+@pytest.mark.parametrize("which", ["exp", "gelu", "gelu_tanh", "silu"])
+def test_functions_of_one_number_are_exact_to_the_last_bits(which):
+    x = torch.cat((torch.linspace(-59, 59, 20_001), torch.linspace(-1, 1, 20_001)))
+    out = np.zeros(len(x), np.float32)
+    over(x.numpy(), ("exp", "gelu", "gelu_tanh", "silu").index(which), out)
+    functional = nn.functional
+    exact = {
+        "exp": torch.exp,
+        "gelu": functional.gelu,
+        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "silu": functional.silu,
+    }[which](x.double())
+    error = (torch.from_numpy(out) - exact).abs()
+    assert (error / exact.abs().clamp(min=1e-9)).max() < 3e-7 if which == "exp" else error.max() < 5e-6
+    assert (error / (exact.abs() + x.abs().clamp(max=1))).max() < 6e-7
+
+
+@pytest.mark.parametrize(("x", "expected"), [(np.nan, np.nan), (-np.inf, 0.0), (-1e9, 0.0), (1e9, 1e26)])
+def test_exp_at_its_ends(x, expected):
+    out = np.zeros(1, np.float32)
+    over(np.array([x], np.float32), 0, out)
+    assert np.isnan(out[0]) if np.isnan(expected) else out[0] == pytest.approx(expected, rel=1, abs=1e-20)
+
+
+def test_compiling_is_told_of_once_and_then_remembered(tmp_path):
+    code = (
+        "from test_generate import make_model, sample\n"
+        "from tinyllm import kernels\n"
+        "with kernels.before_compiling(lambda: print('compiling')):\n"
+        "    print(len(sample(make_model(), [1], max_new_tokens=150)[0]))\n"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.path.dirname(__file__)}
+    said = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert said == ["compiling\n150\n", "150\n"]
