@@ -60,11 +60,13 @@ run = engine.open_run(load(path, overrides))
 model, seconds = engine.new_model(run), []
 if run.runtime.dtype == torch.bfloat16:  # as tinyllm sample does
     as_multiplied(model)
-start = time.perf_counter()
-for _ in generate(model, [0], Sampling(max_new_tokens=int(tokens)), n_samples=int(n)):
-    seconds.append(time.perf_counter() - start)
+for _ in range(2):  # the first text is the one that waits until the loops are loaded
+    texts = generate(model, [0], Sampling(max_new_tokens=int(tokens)), n_samples=int(n))
     start = time.perf_counter()
-print(json.dumps({"tokens": seconds}))
+    for _ in texts:
+        pass
+    seconds.append(time.perf_counter() - start)
+print(json.dumps({"first": seconds[0], "then": seconds[1]}))
 """
 PREPARE = """
 import json, sys, time
@@ -176,15 +178,18 @@ def start(folder: Path, text: Path, turns: int) -> None:
 def sample(folder: Path, text: Path, turns: int) -> None:
     config = prepared(folder, text, "char")
     rates: dict[int, list[float]] = {1: [], 16: []}
-    theirs = []
+    theirs, loading = [], []
     for _ in range(turns):
         told = said([*TEXTBOOK, str(text), "--size", "char", "--steps", "0", "--tokens", str(TOKENS)])
         theirs.append(TOKENS / sum(told["tokens"]))
         for n, own in rates.items():
             told = said([sys.executable, "-c", SPEAKER, *config, str(n), str(TOKENS), *of_text(folder, text)])
-            own.append(n * TOKENS / sum(told["tokens"]))
+            own.append(n * TOKENS / told["then"])
+            if n == 1:
+                loading.append(told["first"] - told["then"])
     row("one text, tokens a second", rates[1], theirs)
     row("sixteen texts, tokens a second", rates[16], rates[1])
+    row("before the first, seconds", loading)
 
 
 def prepare(folder: Path, text: Path, turns: int) -> None:

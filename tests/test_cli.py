@@ -53,6 +53,7 @@ log_interval = 1
 [runtime]
 device = "cpu"
 dtype = "float32"
+loops = "off"
 threads = 1
 """
 

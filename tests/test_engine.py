@@ -96,11 +96,12 @@ def go_on(path, should_stop=lambda state: lambda: False):
 NOISY = ("model.dropout=0.2", "model.attn_dropout=0.1", "train.micro_batch_size=2")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "loops"), [("float32", "off"), ("bfloat16", "off"), ("bfloat16", "on")])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_stopped_at_step_73_ends_like_one_that_was_not(make_config, tmp_path, optimizer, dtype):
+def test_a_run_stopped_at_step_73_ends_like_one_that_was_not(make_config, tmp_path, optimizer, dtype, loops):
     recipe = "modern" if optimizer == "muon" else "gpt2"
-    settings = [*NOISY, f"optim.name={optimizer}", f"runtime.dtype={dtype}", "train.max_steps=200"]
+    settings = [*NOISY, f"optim.name={optimizer}", f"runtime.dtype={dtype}", f"runtime.loops={loops}"]
+    settings += ["train.max_steps=200"]
     settings += ["train.eval_interval=50", "train.save_interval=60", "train.log_interval=7"]
 
     def config(name):

@@ -7,7 +7,7 @@ import torch
 
 from tinyllm import fast
 from tinyllm.data import IGNORED
-from tinyllm.fast import WIDE, cross_entropy, dropout, relu2, rms_norm
+from tinyllm.fast import WIDE, activation, cross_entropy, dropout, rms_norm
 from tinyllm.model import attend
 
 
@@ -69,18 +69,18 @@ def test_rms_norm_of_zeros_is_zero():
 
 def test_relu2_and_its_slope():
     x = torch.tensor([-2.0, -0.5, 0.0, 0.5, 3.0], requires_grad=True)
-    y = relu2(x)
+    y = activation(x, "relu2")
     assert y.tolist() == [0, 0, 0, 0.25, 9]
     y.backward(torch.tensor([1.0, 1.0, 1.0, 2.0, -1.0]))
     assert x.grad.tolist() == [0, 0, 0, 2.0, -6.0]
-    assert torch.autograd.gradcheck(relu2, (drawn(4, 6).requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda x: activation(x, "relu2"), (drawn(4, 6).requires_grad_(),))
 
 
 def test_elsewhere_they_are_those_of_torch(monkeypatch):
     x, weight = drawn(4, 8).float(), drawn(8, seed=1).float()
-    own = rms_norm(x, weight), rms_norm(x), relu2(x)
+    own = rms_norm(x, weight), rms_norm(x), activation(x, "relu2")
     monkeypatch.setattr(fast, "leave_to_torch", lambda x: True)
-    for a, b in zip(own, (rms_norm(x, weight), rms_norm(x), relu2(x)), strict=True):
+    for a, b in zip(own, (rms_norm(x, weight), rms_norm(x), activation(x, "relu2")), strict=True):
         torch.testing.assert_close(a, b)
 
 

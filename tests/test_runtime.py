@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tinyllm import runtime as rt
-from tinyllm.config import RuntimeConfig
+from tinyllm.config import RuntimeConfig, check, to_dict
+from tinyllm.engine import new_state, open_run, snapshot
 from tinyllm.errors import RunError
+from tinyllm.runtime import resolve
 
 
 def mask(*key):
@@ -128,3 +130,34 @@ def test_too_many_threads_are_refused():
     """OpenMP would end the process when it cannot have them."""
     with pytest.raises(RunError, match=rf"4,096 threads on {os.cpu_count()} cores"):
         rt.resolve(RuntimeConfig(device="cpu", threads=4096))
+
+
+# ---- Compiled loops ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "flops", "expected"),
+    [
+        ({"dtype": "bfloat16"}, 1e14, True),
+        ({"dtype": "bfloat16"}, 1e12, False),
+        ({"dtype": "bfloat16", "loops": "on"}, 1e3, True),
+        ({"dtype": "bfloat16", "loops": "off"}, 1e18, False),
+        ({"dtype": "float32", "loops": "on"}, 1e18, False),
+        ({"dtype": "bfloat16", "loops": "on", "compile": True}, 1e18, False),
+    ],
+)
+def test_loops_are_for_long_runs_in_bfloat16(settings, flops, expected):
+    runtime = resolve(RuntimeConfig(device="cpu", threads=1, **settings), flops)
+    assert runtime.loops is expected
+    assert runtime.settled["loops"] == ("on" if expected else "off")
+    assert ("compiled loops" in runtime.summary) is expected
+
+
+def test_what_auto_came_to_goes_on_with_the_run(make_config):
+    long = make_config("runtime.dtype=bfloat16", "train.max_steps=1000000000")
+    assert long.flops == 6 * 12 * 16**2 * 8 * 16 * 1e9  # one layer 16 wide, 8 sequences of 16 tokens
+    run = open_run(long)
+    assert run.config.runtime.loops == "on"
+    assert snapshot(run, new_state(run)).config["runtime"]["loops"] == "on"
+    shorter = check(to_dict(run.config), ("train.max_steps=20", "schedule.decay_steps=20"))
+    assert open_run(shorter).runtime.loops

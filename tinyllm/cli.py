@@ -182,7 +182,6 @@ def sanity(
     settings = read_config(path, set_)
     checks = chosen_checks(only, skip, quick)
     with importing():
-        from tinyllm.engine import open_run
         from tinyllm.sanity import sanity
         from tinyllm.sanity.page import refuse, write_page
         from tinyllm.sanity.report import Report
@@ -192,7 +191,7 @@ def sanity(
     show = ui_sanity.follow_sanity if json_ else ui_sanity.show_sanity
     with redirect_stdout(sys.stderr) if json_ else nullcontext():  # a model of the user's own may print
         prepare_if_missing(settings)
-        run, when, started = open_run(settings), datetime.now().astimezone(), time.monotonic()
+        run, when, started = opened(settings), datetime.now().astimezone(), time.monotonic()
         results = tuple(show(checks, sanity(run, checks)))
     report = Report(str(path), run, checks, results, quick, time.monotonic() - started, when)
     if out is not None:
@@ -248,9 +247,8 @@ def bench(
         prepare_if_missing(settings)
         with importing():
             from tinyllm.bench import AT_LEAST, bench
-            from tinyllm.engine import open_run
 
-        run = open_run(settings, to_train=True)
+        run = opened(settings, to_train=True)
         ui.note(run.runtime.summary)
         ui.note(f"measuring for about {seconds:g} s, {AT_LEAST} steps at the least")
         found = bench(run, seconds)
@@ -277,9 +275,9 @@ def train(
     refuse(out_dir, overwrite)  # before the data is prepared, which may take long
     prepare_if_missing(settings)
     with importing():
-        from tinyllm.engine import new_state, open_run
+        from tinyllm.engine import new_state
 
-    run = open_run(settings, to_train=True)
+    run = opened(settings, to_train=True)
     if not no_sanity:
         preflight(run)
     state = new_state(run)
@@ -312,14 +310,14 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped, to the last bit as if it never had been."""
     with importing():
-        from tinyllm.engine import open_run, restore
+        from tinyllm.engine import restore
         from tinyllm.folder import claimed, reopen
         from tinyllm.metrics import trim
 
     settings, found = reopen(checkpoint, set_ or ())
     note_found(found, settings)
     with claimed(settings.train.out_dir):
-        run = open_run(settings, to_train=True)
+        run = opened(settings, to_train=True)
         state = restore(run, found.checkpoint)
         ui.show_changes(state.changes[len(found.checkpoint.changes) :])
         note_where(state.step, run.config)
@@ -338,12 +336,12 @@ def eval(
     """Measure a checkpoint's loss on both splits."""
     with importing():
         from tinyllm.checkpoint import BEST
-        from tinyllm.engine import evaluate, open_run, restore
+        from tinyllm.engine import evaluate, restore
         from tinyllm.folder import reopen
 
     settings, found = reopen(checkpoint, set_ or (), BEST)
     note_found(found, settings)
-    run = open_run(settings)
+    run = opened(settings)
     model = restore(run, found.checkpoint).model
     parts = {split: evaluate(run, model, split, windows) for split in ("train", "val")}
     ui.show_evaluations({name: part for name, part in parts.items() if part}, run.data.entropy)
@@ -372,7 +370,6 @@ def sample(
         from tinyllm.checkpoint import BEST
         from tinyllm.folder import reopen
         from tinyllm.generate import Sampling, Speaker
-        from tinyllm.kernels import before_compiling
 
     text = read_prompt(prompt, prompt_file)
     settings, found = reopen(checkpoint, set_ or (), BEST, may_change=("model.class",))
@@ -381,8 +378,8 @@ def sample(
     ids = speaker.encode(text)
     ui.note(f"{found.path}, step {speaker.step:,}")
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens, seed)
-    with before_compiling(lambda: ui.note("compiling the loops that sample: once on this machine, a few seconds")):
-        ui.show_samples(text, speaker.speak(ids, sampling, n), n)
+    note_compiling()
+    ui.show_samples(text, speaker.speak(ids, sampling, n), n)
 
 
 def note_found(found: "Found", settings: "RunConfig") -> None:
@@ -426,6 +423,24 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise ConfigError("the prompt is not UTF-8 text", where=where) from None
     except OSError as error:
         raise ConfigError(f"the prompt cannot be read: {error.strerror}", where=where) from None
+
+
+def opened(settings: "RunConfig", *, to_train: bool = False) -> "Run":
+    """The run, opened; where it goes by compiled loops, that they are compiled will be told."""
+    with importing():
+        from tinyllm.engine import open_run
+
+    run = open_run(settings, to_train=to_train)
+    if run.runtime.loops:
+        note_compiling()
+    return run
+
+
+def note_compiling() -> None:
+    """Say so if there are loops to compile."""
+    from tinyllm.kernels import before_compiling
+
+    before_compiling(lambda: ui.note("compiling its loops: once on this machine, some seconds"))
 
 
 def read_config(path: Path, overrides: list[str] | None) -> "RunConfig":

@@ -164,6 +164,10 @@ class RuntimeConfig(Section):
         "auto", description="of the forward pass (autocast); weights stay float32; auto: bfloat16 on CUDA, else float32"
     )
     compile: bool = Field(False, description="torch.compile, with a fallback to eager when it fails")
+    loops: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compiled loops in place of torch's operations: for bfloat16 on a CPU; auto: in long runs",
+    )
     threads: Count = Field(0, le=4096, description="CPU threads; 0: as many as there are physical cores")
     prefetch: Count = Field(2, le=1000, description="batches prepared ahead in the background; 0: none")
 
@@ -192,6 +196,11 @@ class RunConfig(Section):
     def tokens_per_step(self) -> int:
         """Target tokens an optimizer step learns from."""
         return self.train.batch_size * self.model.block_size
+
+    @property
+    def flops(self) -> float:
+        """Of the whole run, about: six for each weight of a block and each token."""
+        return 6.0 * 12 * self.model.n_layer * self.model.n_embd**2 * self.tokens_per_step * self.train.max_steps
 
     @property
     def decay_steps(self) -> int:

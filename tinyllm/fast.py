@@ -1,17 +1,22 @@
 """Operations of a GPT that are faster here than torch's own: the same formulas, in fewer passes over memory.
 
     y = rms_norm(x, weight, eps=1e-6)
-    y = relu2(x)
-    y = dropout(x, 0.2, training=True)
+    y = layer_norm(x, weight, bias, eps=1e-5)
+    y = activation(x, "relu2")
+    y = add_dropout(x, h, 0.2, training=True)    # x + dropout(h)
     y = attend_by_products(q, k, v, 0.0)
     loss = cross_entropy(logits, targets)
 
 A step of a small model waits for memory more than for arithmetic: what counts is how often a tensor is read and
 written, and in how many bytes. But for the loss, which saves memory everywhere, they are for the CPU: on other devices,
-and for the compiler, they are torch's.
+and for the compiler, they are torch's. A long run in bfloat16 has most of them done by compiled loops (`loops.py`).
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +32,26 @@ WIDE = 4096  # tokens of a vocabulary from which on its logits are more than a c
 AT_ONCE, AT_ONCE_ELSEWHERE = 1 << 19, 1 << 26  # logits: a CPU's cache holds them, to a GPU each operation must be sent
 FEW = 1 << 17  # numbers up to which a call's own cost counts for more than the passes over them
 EPS = torch.finfo(torch.float32).eps  # which is torch.rms_norm's in float32
+IN_LOOPS = ContextVar("in_loops", default=False)
+
+
+@contextmanager
+def in_loops(wanted: bool) -> Iterator[None]:
+    """Have what is computed in here done by compiled loops where there are some, as autocast has it done in 16 bits."""
+    token = IN_LOOPS.set(wanted)
+    try:
+        yield
+    finally:
+        IN_LOOPS.reset(token)
+
+
+def loops_for(x: Tensor) -> ModuleType | None:
+    """`loops.py`, if compiled loops take this tensor: not imported before, as it takes a fifth of a second."""
+    if torch.compiler.is_compiling() or not IN_LOOPS.get() or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        return None
+    from tinyllm import loops
+
+    return loops
 
 
 def leave_to_torch(x: Tensor) -> bool:
@@ -40,6 +65,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = EPS) -> Tenso
     The weight in the type of x: two types have no quick form, and torch warns of that. Without gradients torch's is the
     quicker one for few numbers: a token's, while sampling.
     """
+    if weight is not None and (loops := loops_for(x)):
+        return loops.norm(x, weight, None, eps, rms=True)
     weight = None if weight is None else weight.to(x.dtype)
     if leave_to_torch(x) or (x.numel() <= FEW and not torch.is_grad_enabled()):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -72,9 +99,20 @@ class RMSNorm(Function):
         return torch.addcmul(g, y, mean, value=-1).mul_(r), of_weight, None
 
 
-def relu2(x: Tensor) -> Tensor:
-    """relu(x)^2 (So et al. 2021)."""
-    return F.relu(x).square() if leave_to_torch(x) else ReLU2.apply(x)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension (Ba et al. 2016)."""
+    if loops := loops_for(x):
+        return loops.norm(x, weight, bias, eps, rms=False)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def activation(x: Tensor, name: str) -> Tensor:
+    """`gelu` (Hendrycks & Gimpel 2016), `gelu_tanh`, its approximation, or `relu2`, relu(x)^2 (So et al. 2021)."""
+    if loops := loops_for(x):
+        return loops.pointwise(x, name)
+    if name == "relu2":
+        return F.relu(x).square() if leave_to_torch(x) else ReLU2.apply(x)
+    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
 class ReLU2(Function):
@@ -92,6 +130,13 @@ class ReLU2(Function):
         return torch.addcmul(g.new_zeros(()), g, *ctx.saved_tensors, value=2)
 
 
+def add_dropout(x: Tensor, h: Tensor, p: float, training: bool) -> Tensor:
+    """x + dropout(h)."""
+    if training and p and (loops := loops_for(h)):
+        return loops.add_dropout(x, h, p)
+    return x + dropout(h, p, training)
+
+
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Zero each value with probability p and scale the others by 1 / (1 - p) (Srivastava et al. 2014).
 
@@ -100,6 +145,8 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """
     if not (training and p):
         return x
+    if loops := loops_for(x):
+        return loops.add_dropout(None, x, p)
     if leave_to_torch(x):
         return F.dropout(x, p)
     dropped = min(round(p * 65536), 65535)  # of so many

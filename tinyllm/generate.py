@@ -114,13 +114,14 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     the order of their ids if all are kept, else in that of their probability, so that top-k and top-p both keep a first
     part of it.
     """
-    logits = logits.cpu().double()
+    of_all = logits.cpu().double().numpy()  # whose operations take a fifth of the time of torch's, for few numbers
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits - logits.amax(-1, keepdim=True)  # nothing overflows at the smallest temperature
-    scaled = logits / sampling.temperature
+        return torch.from_numpy(of_all.argmax(-1))
+    with np.errstate(all="ignore"):  # less the largest nothing overflows but to zero, at the smallest temperature
+        scaled = (of_all - of_all.max(-1, keepdims=True)) / sampling.temperature
     if not sampling.top_k and sampling.top_p >= 1:
-        return pick(scaled.softmax(-1).cumsum(-1), draws)
+        return torch.from_numpy(pick(np.exp(scaled).cumsum(-1), draws.numpy()))
+    scaled = torch.from_numpy(scaled)
     ids = likeliest(scaled, sampling)
     ordered, places = scaled.gather(1, ids).sort(dim=-1, descending=True, stable=True)
     ids, of_all = ids.gather(1, places), scaled
@@ -132,15 +133,15 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     before = torch.cat((torch.zeros_like(cumulative[:, :1]), cumulative[:, :-1]), dim=1)
     kept = (before < sampling.top_p).sum(-1, keepdim=True).clamp(min=1)
     mass = cumulative.gather(1, kept - 1)
-    return ids.gather(1, pick(cumulative.minimum(mass), draws)[:, None])[:, 0]
+    places = pick(cumulative.minimum(mass).numpy(), draws.numpy())
+    return ids.gather(1, torch.from_numpy(places)[:, None])[:, 0]
 
 
-def pick(cumulative: Tensor, draws: Tensor) -> Tensor:
-    """Where draws (N,), stretched to the mass, fall in rows (N, k) that rise to their mass, (N,)."""
-    mass = cumulative[:, -1:].contiguous()
-    # Whatever comes after it has no probability; of weights that are not numbers nothing has.
-    last = torch.searchsorted(cumulative, mass).clamp(max=cumulative.shape[1] - 1)
-    return torch.searchsorted(cumulative, draws[:, None] * mass, right=True).minimum(last)[:, 0]
+def pick(cumulative: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Where draws (N,), stretched to the mass, fall in rows (N, k) that rise to their mass: (N,), int64."""
+    mass = cumulative[:, -1:]
+    last = (cumulative < mass).sum(-1)  # whatever comes after it has no probability
+    return np.minimum((cumulative <= draws[:, None] * mass).sum(-1), last)
 
 
 def likeliest(scaled: Tensor, sampling: Sampling) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyllm.config import ModelConfig
-from tinyllm.fast import attend_by_products, dropout, relu2, rms_norm
+from tinyllm.fast import EPS, activation, add_dropout, attend_by_products, dropout, layer_norm, loops_for, rms_norm
 
 INIT_STD = 0.02  # GPT-2
 ROPE_BASE = 10_000.0
@@ -51,10 +51,17 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """The same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, eps=1e-6)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
+    return LayerNorm(config.n_embd, bias=config.bias)
 
 
 class Attention(nn.Module):
@@ -70,7 +77,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: "KVCache | None", layer: int) -> Tensor:
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
-        qk, v = self.qkv(x).view(B, T, 3 * H, D).split((2 * H, H), dim=2)  # queries and keys go one way together
+        p, qkv = self.attn_dropout if self.training else 0.0, self.qkv(x)
+        if T <= BY_PRODUCTS and qkv.requires_grad and (loops := loops_for(qkv)):
+            return self.proj(loops.attend(qkv, H, EPS if self.qk_norm else 0.0, rope, p))
+        qk, v = qkv.view(B, T, 3 * H, D).split((2 * H, H), dim=2)  # queries and keys go one way together
         if self.qk_norm:
             qk = rms_norm(qk)
         if rope is not None:
@@ -78,7 +88,7 @@ class Attention(nn.Module):
         q, k, v = (y.transpose(1, 2) for y in (*qk.chunk(2, dim=2), v))  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        y = attend(q, k, v, self.attn_dropout if self.training else 0.0)
+        y = attend(q, k, v, p)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -106,17 +116,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x)
-        match self.activation:
-            case "gelu":
-                x = F.gelu(x)
-            case "gelu_tanh":
-                x = F.gelu(x, approximate="tanh")
-            case "relu2":
-                x = relu2(x)
-            case "swiglu":
-                gate, up = x.chunk(2, dim=-1)
-                x = F.silu(gate) * up
-        return self.proj(x)
+        if self.activation == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            return self.proj(F.silu(gate) * up)
+        return self.proj(activation(x, self.activation))
 
 
 class Block(nn.Module):
@@ -129,8 +132,8 @@ class Block(nn.Module):
         self.norm_2, self.mlp = make_norm(config), MLP(config)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: "KVCache | None", layer: int) -> Tensor:
-        x = x + dropout(self.attn(self.norm_1(x), rope, cache, layer), self.dropout, self.training)
-        return x + dropout(self.mlp(self.norm_2(x)), self.dropout, self.training)
+        x = add_dropout(x, self.attn(self.norm_1(x), rope, cache, layer), self.dropout, self.training)
+        return add_dropout(x, self.mlp(self.norm_2(x)), self.dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -194,7 +197,7 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Tokens seen so far, (B, size), and a layer's keys and values of them, (B, H, size, D); `length` are filled.
+    """Tokens seen so far, (B, size), and each layer's keys and values of them, (B, H, size, D); `length` are filled.
 
     A size of 0: the model's block_size.
     """
@@ -203,8 +206,7 @@ class KVCache:
         config = model.config
         shape = (batch_size, config.n_head, size or config.block_size, config.n_embd // config.n_head)
         device = model.wte.weight.device
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.keys, self.values = torch.zeros(2, config.n_layer, *shape, device=device, dtype=dtype)
         self.tokens = torch.zeros(batch_size, shape[2], device=device, dtype=torch.int64)
         self.length = 0
 

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,10 @@ from torch import Tensor, nn
 from tinyllm.config import RuntimeConfig
 from tinyllm.data import mixed
 from tinyllm.errors import RunError
+from tinyllm.fast import in_loops
 from tinyllm.process import usable_cores
 
+WORTH_LOOPS = 2e13  # FLOPs: a minute of two cores with matrix units
 MOST_THREADS = 64  # a core: more can only be a slip
 
 
@@ -39,17 +42,25 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype  # of the forward pass under autocast; weights and optimizer state are float32
     summary: str
+    loops: bool = False  # whether compiled loops do what they can
+
+    @property
+    def settled(self) -> dict[str, str]:
+        """What the config's `auto` came to."""
+        return {"dtype": self.dtype_name, "loops": "on" if self.loops else "off"}
 
     @property
     def dtype_name(self) -> str:
         """As the config writes it: `float32` or `bfloat16`."""
         return str(self.dtype).removeprefix("torch.")
 
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Runs matrix products in `dtype`; nothing for float32."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Runs matrix products in `dtype`, if that is not float32, and compiled loops where they are chosen."""
+        in_float32 = self.dtype == torch.float32
+        precision = contextlib.nullcontext() if in_float32 else torch.autocast(self.device.type, self.dtype)
+        with precision, in_loops(self.loops):
+            yield
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """The array on the device; the copy overlaps with computation on CUDA."""
@@ -66,8 +77,11 @@ class Runtime:
             torch.mps.synchronize()
 
 
-def resolve(config: RuntimeConfig) -> Runtime:
-    """Choose the device, the precision and the threads. Raises RunError for a device that is not here."""
+def resolve(config: RuntimeConfig, flops: float = 0.0) -> Runtime:
+    """Choose the device, the precision, the threads, and for a run of so many FLOPs the loops.
+
+    Raises RunError for a device that is not here.
+    """
     keep_freed_memory()
     device, why_device = choose_device(config.device)
     if device.type == "cpu":
@@ -79,8 +93,9 @@ def resolve(config: RuntimeConfig) -> Runtime:
         torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
     dtype, why_dtype = choose_dtype(config.dtype, device)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    name = str(dtype).removeprefix("torch.")
-    return Runtime(device, dtype, f"{device}{why_device}, {name}{why_dtype}{threads}")
+    name, loops = str(dtype).removeprefix("torch."), choose_loops(config, device, dtype, flops)
+    summary = f"{device}{why_device}, {name}{why_dtype}{threads}" + ", compiled loops" * loops
+    return Runtime(device, dtype, summary, loops)
 
 
 def choose_device(wanted: str) -> tuple[torch.device, str]:
@@ -116,6 +131,16 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     if ratio > 1.5:  # below that, the casts around the matrix products cost what they save
         return torch.bfloat16, f" ({ratio:.1f} times as fast here)"
     return torch.float32, " (bfloat16 is not faster here)"
+
+
+def choose_loops(config: RuntimeConfig, device: torch.device, dtype: torch.dtype, flops: float) -> bool:
+    """Whether compiled loops do what they can in a run of so many FLOPs: not in a short one, which they would delay."""
+    wanted = flops > WORTH_LOOPS if config.loops == "auto" else config.loops == "on"
+    if not wanted or device.type != "cpu" or dtype != torch.bfloat16 or config.compile:
+        return False
+    from tinyllm.kernels import threads_start_quickly  # which takes a fifth of a second
+
+    return threads_start_quickly(torch.get_num_threads())
 
 
 def bfloat16_speedup() -> float:

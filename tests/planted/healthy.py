@@ -80,6 +80,8 @@ SMALL = ("model.n_embd=16", "model.n_head=2")
 BYTES = ("data.tokenizer=byte",)
 BPE = ("data.tokenizer=bpe", "data.vocab_size=512")
 
+LOOPS = ("runtime.dtype=bfloat16", "runtime.loops=on")
+
 RUNS = [
     *gpt("the base"),
     *gpt("no dropout", "model.dropout=0.0"),
@@ -91,6 +93,11 @@ RUNS = [
     *gpt("muon, untied, dropout", *MUON, "model.tie_embeddings=false", "model.dropout=0.2"),
     *gpt("bfloat16", "runtime.dtype=bfloat16"),
     *gpt("bfloat16 with muon", "runtime.dtype=bfloat16", *MUON),
+    *gpt("compiled loops", *LOOPS),
+    *gpt("compiled loops, dropout everywhere", *LOOPS, "model.dropout=0.3", "model.attn_dropout=0.2"),
+    *gpt("compiled loops, muon, small", *LOOPS, *MUON, *SMALL),
+    *gpt("compiled loops, context of 8", *LOOPS, "model.block_size=8"),
+    *gpt("compiled loops, SwiGLU, no bias", *LOOPS, "model.activation=swiglu", "model.bias=false"),
     *gpt("seed 1", "train.seed=1"),
     *gpt("seed 42", "train.seed=42"),
     *gpt("seed 7, no dropout", "train.seed=7", "model.dropout=0.0"),
@@ -241,6 +248,7 @@ FEW = (
     "gpt2: muon, untied, dropout",
     "modern: the base",
     "modern: BPE, small, bfloat16",
+    "gpt2: compiled loops, dropout everywhere",
     "gpt2: aligned documents",
     "my model: as it is",
     "my model: torch's own init, untied",

@@ -5,6 +5,7 @@ from planted.bug import bug
 EVAL_LOSS = '            nats += loss_fn(logits, run.runtime.tensor(targets), "sum").cpu().double()\n'
 SEED = "    seed_dropout(run.config.train.seed, state.step, micro_step)\n"
 BFLOAT16 = ("runtime.dtype=bfloat16",)
+LOOPS = (*BFLOAT16, "runtime.loops=on")
 
 BUGS = [
     # ---- Modes ----
@@ -144,7 +145,7 @@ BUGS = [
         "autocast around the backward pass only",
         "the forward pass stays in float32: no speed",
         "precision",
-        ("runtime.py", "return torch.autocast(self.device.type, self.dtype)", "return contextlib.nullcontext()"),
+        ("runtime.py", "if in_float32 else torch.autocast(self.device.type, self.dtype)", ""),
         set=BFLOAT16,
         warns=True,
     ),
@@ -360,13 +361,61 @@ BUGS = [
         ),
         ("engine.py", "EVAL_TOKENS = 1 << 14\n", "EVAL_TOKENS = 1 << 14\nKEPT = []\n"),
     ),
-    # ---- Generation ----
+    # ---- Compiled loops of training ----
     bug(
-        "the loops read the newest key too late",
-        "attention to what was there before, without the token itself",
-        "fast sampling",
-        ("kernels.py", "for t in range(at + 1):", "for t in range(max(at, 1)):", 3),
+        "loops: scores not divided",
+        "softmax(q k^T), without sqrt(head size)",
+        "training loops",
+        ("loops.py", "f32(1 / math.sqrt(D))", "f32(1)", 2),
+        set=LOOPS,
     ),
+    bug(
+        "loops: softmax's gradient without its mean",
+        "y g for y (g - mean)",
+        "training loops",
+        ("kernels.py", "(widen(g_row[j]) - along) * scale", "widen(g_row[j]) * scale"),
+        set=LOOPS,
+    ),
+    bug(
+        "loops: keys' gradient for the queries",
+        "the same product twice",
+        "training loops",
+        ("loops.py", "torch.bmm(of_weights, k, out=of_q)", "torch.bmm(of_weights.mT, q, out=of_q)"),
+        set=LOOPS,
+    ),
+    bug(
+        "loops: a norm's gradient along itself",
+        "r g for r (g - n mean(g n))",
+        "training loops",
+        ("kernels.py", " - (widen(row[c]) - mean) * r * along - level)", ")"),
+        set=LOOPS,
+    ),
+    bug(
+        "loops: rotated back the wrong way",
+        "the sine's sign forgotten in the gradient",
+        "training loops",
+        ("kernels.py", "out[d] = a * cos[d] + b * sin[d + half]", "out[d] = a * cos[d] - b * sin[d + half]"),
+        set=(*LOOPS, "model.recipe=modern", "model.zero_init=false"),
+    ),
+    bug(
+        "loops: the gradient goes through what was dropped",
+        "another mask in the backward pass",
+        "training loops",
+        (
+            "loops.py",
+            "return None if ctx.alone else g, drop(g, None, ctx.p, ctx.seed), None",
+            "return None if ctx.alone else g, drop(g, None, ctx.p, ctx.seed + 1), None",
+        ),
+        set=(*LOOPS, "model.dropout=0.5"),
+    ),
+    bug(
+        "loops: the same mask everywhere",
+        "a seed that does not change",
+        ("training mode", "dropout"),
+        ("loops.py", "    return int(torch.empty((), dtype=torch.int64).random_())", "    return 1"),
+        set=LOOPS,
+    ),
+    # ---- Generation ----
     bug(
         "the loops stay where they are",
         "the cache's length is not counted on",
@@ -374,13 +423,19 @@ BUGS = [
         ("decode.py", "        self.cache.length += 1\n", ""),
     ),
     bug(
+        "the loops read the newest key too late",
+        "attention to what was there before, without the token itself",
+        "fast sampling",
+        ("kernels.py", "for t in range(at + 1):", "for t in range(max(at, 1)):", 3),
+    ),
+    bug(
         "the loops forget a residual connection",
         "the attention's result in place of the stream, not added to it",
         "fast sampling",
         (
-            "decode.py",
-            "kernels.linear(self.said, *proj, self.x, True)",
-            "kernels.linear(self.said, *proj, self.x, False)",
+            "kernels.py",
+            "stack.proj_bias[layer], room.x, True)",
+            "stack.proj_bias[layer], room.x, False)",
         ),
     ),
     bug(
@@ -407,8 +462,8 @@ BUGS = [
         "fast sampling",
         (
             "decode.py",
-            "if torch.equal(half.float(), weight) else array(weight)",
-            "if half.dim() == 2 else array(weight)",
+            "if all(torch.equal(matrix.to(torch.bfloat16).float(), matrix) for matrix in matrices.values()):",
+            "if all(matrix.dim() > 1 for matrix in matrices.values()):",
         ),
     ),
     bug(
@@ -428,7 +483,7 @@ BUGS = [
         "temperature upside down",
         "times for divided by",
         "generation",
-        ("generate.py", "scaled = logits / sampling", "scaled = logits * sampling"),
+        ("generate.py", "keepdims=True)) / sampling.temperature", "keepdims=True)) * sampling.temperature"),
     ),
     bug(
         "the older half is kept",

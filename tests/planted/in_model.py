@@ -194,7 +194,7 @@ BUGS = [
         "residual missing",
         "x = attn(...) for x = x + attn(...)",
         "formula",
-        ("model.py", "x = x + dropout(self.attn(", "x = dropout(self.attn("),
+        ("model.py", "x = add_dropout(x, self.attn(", "x = add_dropout(0, self.attn("),
     ),
     bug(
         "final norm missing",
@@ -254,7 +254,7 @@ BUGS = [
         "another GELU",
         "the exact one where GPT-2 has tanh's approximation",
         "formula",
-        ("model.py", 'x = F.gelu(x, approximate="tanh")', "x = F.gelu(x)"),
+        ("fast.py", 'approximate="tanh" if name == "gelu_tanh" else "none"', 'approximate="none"'),
     ),
     bug(
         "norm after the branch",

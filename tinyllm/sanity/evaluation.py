@@ -12,16 +12,13 @@ from torch import Tensor, nn
 
 from tinyllm.data import IGNORED, BatchSource
 from tinyllm.engine import Run, TrainState, evaluate, evaluate_both, train_step
-from tinyllm.runtime import compiled, seed_torch
+from tinyllm.runtime import seed_torch
 from tinyllm.sanity.data import places_of
 from tinyllm.sanity.instruments import (
-    apart,
     called,
     cross_entropy,
     joined,
     logits_of,
-    reference_gradients,
-    relative,
     variant,
     watched,
 )
@@ -260,29 +257,3 @@ def computed_in(subject: Subject) -> set[torch.dtype]:
     with called(state.model) as calls, watched(state, hold=True):
         train_step(run, state, subject.batch)
     return {call.output.dtype for call in calls if isinstance(call.output, Tensor)}
-
-
-def compile_agrees(subject: Subject) -> Result:
-    """The compiled model computes what the model does, forward and backward."""
-    if not subject.run.config.runtime.compile:
-        return skipped("runtime.compile = false")
-    model = subject.state(woken=True).model.train()
-    inputs, targets = (subject.tensor(a) for a in subject.batch)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    try:
-        fast, note = compiled(model, inputs, subject.exact.runtime)
-        if fast is model:
-            return skipped(note)
-        right = reference_gradients(model, inputs, targets)
-        logits = logits_of(model, inputs)
-        error = relative(logits_of(fast, inputs) - logits, logits)
-        cross_entropy(fast(inputs), targets).backward()
-        found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-    slope = apart(joined(found), joined(right))
-    measured, expected = f"logits {error:.1e}, gradient {slope:.1e} apart", "below 1e-3, in float32"
-    if not (error < 1e-3 and slope < 1e-3):
-        diagnosis = "the compiler changes what the model computes: a miscompile"
-        return failed(measured, expected, diagnosis, "runtime.compile = false, or another version of torch")
-    return passed(f"{measured}; {note}", expected)

@@ -1,0 +1,188 @@
+"""Operations of a GPT in compiled loops, to train it in bfloat16 on a CPU: one pass over memory for each, or two.
+
+    y = pointwise(x, "gelu")
+    y = add_dropout(x, h, 0.2)                   # x + dropout(h)
+    y = norm(x, weight, bias, eps, rms=False)
+    y = attend(qkv, n_head, qk_eps, rope, 0.0)
+
+torch takes several passes where there are several operations, and its elementwise ones convert each number to float32
+and back. `fast.py` says when these take its place; the loops are in `kernels.py`.
+"""
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from tinyllm import kernels
+from tinyllm.kernels import NONE, PARTS, f32
+
+POINTWISE = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),
+}
+NO_TABLE = NONE.reshape(0, 0)
+
+
+def bits(x: Tensor) -> NDArray[np.uint16]:
+    """A bfloat16 tensor's memory, as NumPy sees it."""
+    return x.detach().view(torch.uint16).numpy()
+
+
+@cache
+def tables(name: str) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+    """What a function and its derivative are at each of the 65,536 numbers that a bfloat16 can be, by torch."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        x = every.float().requires_grad_()
+        (slopes,) = torch.autograd.grad(POINTWISE[name](x).sum(), x)
+    return bits(POINTWISE[name](every)), slopes.numpy()
+
+
+def pointwise(x: Tensor, name: str) -> Tensor:
+    """One of POINTWISE, looked up."""
+    return Pointwise.apply(x, name)
+
+
+class Pointwise(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        x, ctx.name = x.contiguous(), name
+        y = torch.empty_like(x)
+        kernels.look_up(bits(x).ravel(), tables(name)[0], bits(y).ravel())
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        out = torch.empty_like(x)
+        kernels.look_up_slope(bits(x).ravel(), bits(g.contiguous()).ravel(), tables(ctx.name)[1], bits(out).ravel())
+        return out, None
+
+
+def drop(h: Tensor, x: Tensor | None, p: float, seed: int) -> Tensor:
+    """x + dropout(h), or dropout(h) alone, with what a seed draws. p is rounded to a multiple of 2^-16."""
+    dropped = min(round(p * 65536), 65535)
+    out, h = torch.empty_like(h, memory_format=torch.contiguous_format), h.contiguous()
+    onto = NONE.view(np.uint16) if x is None else bits(x.contiguous()).ravel()
+    scale = f32(65536 / (65536 - dropped))
+    kernels.drop(bits(h).ravel(), onto, np.uint64(seed), np.uint16(dropped), scale, bits(out).ravel())
+    return out
+
+
+def drawn() -> int:
+    """A seed that follows from torch's generator."""
+    return int(torch.empty((), dtype=torch.int64).random_())
+
+
+def add_dropout(x: Tensor | None, h: Tensor, p: float) -> Tensor:
+    """x + dropout(h) (x None: dropout(h)). The mask is drawn again for the gradient, instead of being kept."""
+    return AddDropout.apply(x, h, p)
+
+
+class AddDropout(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor | None, h: Tensor, p: float) -> Tensor:
+        ctx.p, ctx.seed, ctx.alone = p, drawn(), x is None
+        return drop(h, x, p, ctx.seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        return None if ctx.alone else g, drop(g, None, ctx.p, ctx.seed), None
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    """LayerNorm (Ba et al. 2016) over the last dimension, or RMSNorm; weight and bias in float32."""
+    return Norm.apply(x, weight, bias, eps, rms)
+
+
+class Norm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+        x, C = x.contiguous(), x.shape[-1]
+        y, means, scales = torch.empty_like(x), *torch.empty(2, x.numel() // C)
+        parameters = weight.detach().numpy(), NONE if bias is None else bias.detach().numpy()
+        kernels.normed(
+            bits(x).reshape(-1, C), *parameters, eps, rms, bits(y).reshape(-1, C), means.numpy(), scales.numpy()
+        )
+        ctx.save_for_backward(x, weight, means, scales)
+        ctx.rms, ctx.has_bias = rms, bias is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        x, weight, means, scales = ctx.saved_tensors
+        out, C = torch.empty_like(x), x.shape[-1]
+        of_weight, of_bias = torch.zeros(PARTS, C), torch.zeros(PARTS, C if ctx.has_bias else 0)
+        rows = (bits(y).reshape(-1, C) for y in (x, g.contiguous()))
+        known = weight.detach().numpy(), means.numpy(), scales.numpy(), ctx.rms
+        kernels.normed_slope(*rows, *known, bits(out).reshape(-1, C), of_weight.numpy(), of_bias.numpy())
+        return out, of_weight.sum(0), of_bias.sum(0) if ctx.has_bias else None, None, None
+
+
+def attend(qkv: Tensor, n_head: int, qk_eps: float, rope: tuple[Tensor, Tensor] | None, p: float) -> Tensor:
+    """Causal attention of qkv (B, T, 3 C) to (B, T, C), written out.
+
+    Queries and keys are normed if qk_eps is not zero, and rotated by rope's cos and sin, (T, 1, D) each, if given;
+    weights are dropped with probability p. The price is memory, (B, H, T, T) of it.
+    """
+    tables = (NO_TABLE, NO_TABLE) if rope is None else tuple(table[:, 0].float().numpy() for table in rope)
+    return Attention.apply(qkv, n_head, qk_eps, tables, p)
+
+
+class Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, n_head: int, qk_eps: float, tables: tuple, p: float) -> Tensor:
+        B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        D = C // n_head
+        apart, scales = qkv.new_empty(3, B, n_head, T, D), torch.empty(2, B, n_head, T)
+        heads = bits(qkv.contiguous()).reshape(B, T, 3, n_head, D)
+        kernels.heads_apart(heads, qk_eps, *tables, bits(apart), scales.numpy())
+        q, k, v = apart.flatten(1, 2)
+        weights = torch.bmm(q, k.mT)
+        kernels.causal_softmax(bits(weights), f32(1 / math.sqrt(D)))
+        ctx.p, ctx.seed = p, drawn() if p else 0
+        kept = drop(weights, None, p, ctx.seed) if p else weights
+        ctx.save_for_backward(apart, scales, weights, kept)
+        ctx.qk_eps, ctx.tables = qk_eps, tables
+        return moved(torch.bmm(kept, v).view(B, n_head, T, D)).view(B, T, C)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+        apart, scales, weights, kept = ctx.saved_tensors
+        _, B, H, T, D = apart.shape
+        q, k, v = apart.flatten(1, 2)
+        up = moved(g.contiguous().view(B, T, H, D)).flatten(0, 1)
+        of_apart = torch.empty_like(apart)
+        of_q, of_k, of_v = of_apart.flatten(1, 2)
+        torch.bmm(kept.mT, up, out=of_v)
+        of_weights = torch.bmm(up, v.mT)
+        if ctx.p:
+            of_weights = drop(of_weights, None, ctx.p, ctx.seed)
+        kernels.causal_softmax_slope(bits(weights), bits(of_weights), f32(1 / math.sqrt(D)))
+        torch.bmm(of_weights, k, out=of_q)
+        torch.bmm(of_weights.mT, q, out=of_k)
+        out = torch.empty(B, T, 3, H, D, dtype=torch.bfloat16)
+        kernels.heads_together(bits(apart), bits(of_apart), ctx.qk_eps, *ctx.tables, scales.numpy(), bits(out))
+        return out.view(B, T, 3 * H * D), None, None, None, None
+
+
+def moved(x: Tensor) -> Tensor:
+    """(B, M, N, D) as (B, N, M, D)."""
+    B, M, N, D = x.shape
+    out = x.new_empty(B, N, M, D)
+    kernels.rows_moved(bits(x), bits(out))
+    return out
