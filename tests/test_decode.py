@@ -123,7 +123,7 @@ def test_threads_that_start_slowly_are_not_used():
 # ---- Functions of one number ----
 
 
-@kernels.serial
+@kernels.inlined
 def over(x, which, out):
     for i in range(x.size):
         if which == 0:
@@ -173,3 +173,32 @@ def test_compiling_is_told_of_once_and_then_remembered(tmp_path):
         for _ in range(2)
     ]
     assert said == ["compiling\n150\n", "150\n"]
+
+
+def test_machine_code_that_cannot_be_kept_or_is_damaged_is_compiled_again(tmp_path):
+    """A folder that takes no more than a few bytes; then files that are cut, of each of which some part is missing."""
+    code = (
+        "import sys, resource\n"
+        "if sys.argv[1:]:\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"  # as a full disk: a write fails, and is an OSError
+        "    import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from test_generate import make_model, sample\n"
+        "print(len(sample(make_model(), [1], max_new_tokens=150)[0]))\n"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.path.dirname(__file__)}
+
+    def run(*arguments):
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (done.stdout, done.returncode) == ("150\n", 0), done.stderr
+
+    pytest.importorskip("resource")
+    run("full")
+    run()
+    for ending in ("nbc", "nbi"):
+        files = list(tmp_path.rglob(f"*.{ending}"))
+        assert len(files) > 3
+        for file in files:
+            os.truncate(file, 20)
+        run()
+    assert all(file.stat().st_size > 20 for file in tmp_path.rglob("*.nb?"))

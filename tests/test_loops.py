@@ -36,7 +36,7 @@ def worst(got, right):
 # ---- Rounding ----
 
 
-@kernels.serial
+@kernels.inlined
 def narrowed(x, out):
     for i in range(x.size):
         out[i] = kernels.narrow(x[i])

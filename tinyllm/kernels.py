@@ -7,23 +7,56 @@ calls of a C library, so that the loop around them is done eight or sixteen numb
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numba import prange, types
 from numba.core import event
+from numba.core.caching import FunctionCache
 from numba.extending import overload
 from numpy.typing import NDArray
 
 # Sums may be taken in any order, products and sums at once; nan and infinity stay what they are.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
-inlined = numba.njit(fastmath=FAST, error_model="numpy")
-serial = numba.njit(fastmath=FAST, error_model="numpy", cache=True)
-parallel = numba.njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
 f32 = np.float32
 ZERO, HALF, ONE = f32(0), f32(0.5), f32(1)
 NONE = np.zeros(0, dtype=np.float32)  # stands for an array that there is not
+
+
+class Kept(FunctionCache):
+    """Machine code in files: a full disk, or a damaged file, costs the time to compile again, and not the run."""
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(OSError):
+            super().save_overload(sig, data)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # a damaged pickle can raise anything
+            with suppress(OSError):
+                self.flush()
+            return None
+
+
+def compiled(function: Callable[..., Any], parallel: bool = False) -> Callable[..., Any]:
+    """A loop, compiled when it is first called, which is kept for all later processes if there is a place for it."""
+    loop = inlined(function, parallel=parallel)
+    with suppress(RuntimeError):  # no folder that could be written to
+        loop._cache = Kept(function)  # where numba's own `cache=True` puts what Kept is made of
+    return loop
+
+
+def inlined(function: Callable[..., Any], parallel: bool = False) -> Callable[..., Any]:
+    """A part of loops, which they are compiled with."""
+    return numba.njit(fastmath=FAST, error_model="numpy", parallel=parallel)(function)
+
+
+def parallel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A loop whose `prange` is shared out among the cores."""
+    return compiled(function, parallel=True)
 
 
 class Listener(event.Listener):
@@ -163,7 +196,7 @@ class Room(NamedTuple):
     scores: Array  # (B, H, size)
 
 
-@serial
+@compiled
 def say(room, stack, keys, values, at, cos, sin, form, norm_weight, norm_bias, head, logits):
     """All blocks, the last norm and the head, of tokens at position `at` whose embeddings are room.x."""
     for layer in range(len(keys)):
@@ -179,7 +212,7 @@ def say(room, stack, keys, values, at, cos, sin, form, norm_weight, norm_bias, h
     linear(room.normed, head, NONE, logits, False)
 
 
-@serial
+@compiled
 def norm(x, weight, bias, eps, rms, out):
     """LayerNorm, or RMSNorm, of each row of (B, C); no bias for NONE."""
     B, C = x.shape
