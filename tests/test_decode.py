@@ -202,3 +202,23 @@ def test_machine_code_that_cannot_be_kept_or_is_damaged_is_compiled_again(tmp_pa
             os.truncate(file, 20)
         run()
     assert all(file.stat().st_size > 20 for file in tmp_path.rglob("*.nb?"))
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 0.05, 0.8, 1.0, 30.0])
+@pytest.mark.parametrize("vocab_size", [1, 2, 65, 5000])
+def test_a_draw_falls_where_it_does_in_float64(vocab_size, temperature):
+    generator = torch.Generator().manual_seed(1)
+    logits = 5 * torch.randn(300, vocab_size, generator=generator)
+    logits[0], logits[1, : vocab_size // 2] = 2.0, -torch.inf  # all alike; some that cannot be
+    draws = torch.rand(300, generator=generator, dtype=torch.float64)
+    draws[:4] = torch.tensor([0.0, 0.0, 1 - 2**-53, 0.5])
+    expected = generate.choose(logits, Sampling(temperature=temperature), draws)
+    scaled = (logits.double() - logits.double().amax(-1, keepdim=True)) / temperature
+    cumulative = scaled.softmax(-1).cumsum(-1)
+    by_hand = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    got = Decoder.draw(logits, temperature, draws)
+    assert torch.equal(expected[3:], by_hand[3:])
+    assert torch.equal(got[3:], by_hand[3:])
+    # At the very end of the interval rounding may decide, but never for a token that cannot be.
+    assert all(cumulative[i, ids[i]] > 0 for ids in (got, expected) for i in range(3))
+    assert (Decoder.draw(torch.full((2, 5), torch.nan), 1.0, draws[:2]) < 5).all()

@@ -45,6 +45,7 @@ class Decoder:
             EPS if config.qk_norm else 0.0,
             ACTIVATIONS.index(config.activation),
         )
+        self.wte, self.wpe = array(model.wte.weight), None if model.wpe is None else array(model.wpe.weight)
         self.final = array(model.norm.weight), array(getattr(model.norm, "bias", None))
         self.rope = None if model.wpe is not None else (array(model.rope_cos[:, 0]), array(model.rope_sin[:, 0]))
         widths = C, C, 3 * C, C, block.mlp.fc.out_features, hidden
@@ -55,13 +56,23 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, V), float32, after tokens (B, 1) that go on from the cache; they are true until the next call."""
-        B, at = len(tokens), self.cache.length
-        self.room.x[:B] = self.model.embed(tokens, self.cache)[:, 0].numpy()
+        B, at, model = len(tokens), self.cache.length, self.model
+        if model.ngrams is None:
+            self.room.x[:B] = self.wte[tokens[:, 0].numpy()] + (0 if self.wpe is None else self.wpe[at])
+        else:
+            self.room.x[:B] = model.embed(tokens, self.cache)[:, 0].numpy()
         cos, sin = (table[at] for table in self.rope) if self.rope else (NONE, NONE)
         past = self.cache.keys.numpy(), self.cache.values.numpy()
         kernels.say(self.room, self.stack, *past, at, cos, sin, self.form, *self.final, self.head, self.logits)
         self.cache.length += 1
         return torch.from_numpy(self.logits[:B])
+
+    @staticmethod
+    def draw(logits: Tensor, temperature: float, draws: Tensor) -> Tensor:
+        """As `generate.choose` where all tokens are kept: (B, V) and (B,) to (B,), int64, in one call."""
+        chosen = torch.zeros(len(draws), dtype=torch.int64)
+        kernels.draw(logits.numpy(), temperature, draws.numpy(), chosen.numpy())
+        return chosen
 
 
 PLACES = {
@@ -79,19 +90,29 @@ def weights_of(model: GPT) -> tuple[Stack, Array | NDArray[np.uint16]]:
 
     It is their reading that takes the time.
     """
-    tensors = {name: stacked(model, *name.rsplit("_", 1)) for name in Stack._fields}
-    tensors["head"] = (model.wte if model.head is None else model.head).weight.detach()
-    matrices = {name: tensor for name, tensor in tensors.items() if "norm" not in name and "bias" not in name}
-    if all(torch.equal(matrix.to(torch.bfloat16).float(), matrix) for matrix in matrices.values()):
-        tensors |= {name: matrix.to(torch.bfloat16).view(torch.uint16) for name, matrix in matrices.items()}
-    arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
-    return Stack(**{name: arrays[name] for name in Stack._fields}), arrays["head"]
+    dtype = torch.bfloat16 if all(map(is_bfloat16, model.matrices)) else torch.float32
+    stack = Stack(**{name: stacked(model, *name.rsplit("_", 1), dtype) for name in Stack._fields})
+    head = (model.wte if model.head is None else model.head).weight.detach()
+    return stack, bits(head.to(dtype))
 
 
-def stacked(model: GPT, place: str, kind: str) -> Tensor:
-    """A tensor of each block, (n_layer, ...), or (n_layer, 0) where they have none."""
+def is_bfloat16(matrix: Tensor) -> bool:
+    """Whether all of its numbers are; some rows at a time, which stay in the cache."""
+    return all(torch.equal(rows.to(torch.bfloat16).float(), rows) for rows in matrix.detach().split(256))
+
+
+def stacked(model: GPT, place: str, kind: str, dtype: torch.dtype) -> Array | NDArray[np.uint16]:
+    """A tensor of each block, (n_layer, ...), matrices in `dtype`; (n_layer, 0) where they have none."""
     found = [getattr(block.get_submodule(PLACES[place]), kind, None) for block in model.blocks]
-    return torch.stack([torch.zeros(0) if tensor is None else tensor.detach() for tensor in found])
+    if found[0] is None:
+        return np.zeros((len(found), 0), np.float32)
+    return bits(torch.stack([tensor.detach().to(dtype if tensor.dim() > 1 else tensor.dtype) for tensor in found]))
+
+
+def bits(tensor: Tensor) -> Array | NDArray[np.uint16]:
+    """As NumPy has it, which knows no bfloat16."""
+    tensor = tensor.contiguous()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def array(tensor: Tensor | None) -> Array:

@@ -352,6 +352,41 @@ def activate(x, kind, out):
                 out[b, n] = silu(x[b, n]) * x[b, N + n]
 
 
+@compiled
+def draw(logits, temperature, draws, out):
+    """Ids (B,), on which the draws (B,) in [0, 1) fall in the cumulative softmax(logits / temperature), (B, V)."""
+    B, V = logits.shape
+    for b in range(B):
+        row = logits[b]
+        order = np.int32(-(2**31))
+        for v in range(V):
+            order = max(order, in_order_32(f32(row[v]).view(np.int32)))
+        largest = np.float64(np.int32(in_order_32(order)).view(np.float32))
+        total, per_temperature = 0.0, min(1.0 / temperature, 1e300)
+        for v in range(V):
+            total += share(row[v] - largest, per_temperature)
+        out[b], so_far = V - 1, 0.0
+        for v in range(V):
+            so_far += share(row[v] - largest, per_temperature)
+            if so_far > draws[b] * total:
+                out[b] = v
+                break
+
+
+@inlined
+def share(difference, per_temperature):
+    """e^(difference / temperature); zero for what has no chance, whatever `exp` makes of it."""
+    scaled = f32(difference * per_temperature)
+    term = exp(scaled)
+    return term if scaled > -LIMIT else ZERO
+
+
+@inlined
+def in_order_32(bits):
+    """As `in_order`, of a float32."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
 # ---- Training in bfloat16, for fast.py: bfloat16 numbers are uint16 here, and are reckoned with in float32 ----
 
 PART = 4096  # numbers that a core takes at a time; loops over a slice of an array are quicker than over its places

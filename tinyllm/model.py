@@ -164,6 +164,12 @@ class GPT(nn.Module):
         others = sum(5 * self.config.n_embd + block.mlp.fc.out_features for block in self.blocks)
         return sum(linear.in_features for linear in linears) + others + self.vocab_size
 
+    @property
+    def matrices(self) -> list[Tensor]:
+        """What products multiply with: the weights of linear layers, and the table of embeddings if it is the head."""
+        found = [module.weight for module in self.modules() if isinstance(module, Linear)]
+        return found if self.head else [*found, self.wte.weight]
+
     def forward(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """Logits (B, T, V) of the next token at each position of tokens (B, T), int64, T <= block_size.
 

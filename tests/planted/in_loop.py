@@ -462,8 +462,8 @@ BUGS = [
         "fast sampling",
         (
             "decode.py",
-            "if all(torch.equal(matrix.to(torch.bfloat16).float(), matrix) for matrix in matrices.values()):",
-            "if all(matrix.dim() > 1 for matrix in matrices.values()):",
+            "if all(map(is_bfloat16, model.matrices)) else",
+            "if model.matrices else",
         ),
     ),
     bug(
