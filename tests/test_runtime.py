@@ -158,6 +158,8 @@ def test_what_auto_came_to_goes_on_with_the_run(make_config):
     assert long.flops == 6 * 12 * 16**2 * 8 * 16 * 1e9  # one layer 16 wide, 8 sequences of 16 tokens
     run = open_run(long)
     assert run.config.runtime.loops == "on"
-    assert snapshot(run, new_state(run)).config["runtime"]["loops"] == "on"
+    kept = snapshot(run, new_state(run))
+    assert kept.config["runtime"]["loops"] == "on"
+    assert "numba" in kept.environment
     shorter = check(to_dict(run.config), ("train.max_steps=20", "schedule.decay_steps=20"))
     assert open_run(shorter).runtime.loops

@@ -104,7 +104,7 @@ def open_run(config: RunConfig, *, to_train: bool = False) -> Run:
         raise ConfigError(what, fix=f"set model.vocab_size = 0, or at least {data.vocab_size}")
     tokenizer = tok.from_json(data.tokenizer_json)
     source = open_source(config, data, tok.end_of_text(tokenizer))
-    runtime = resolve(config.runtime, config.flops)
+    runtime = resolve(config.runtime, 0.0 if config.model.class_ else config.flops)  # loops are for the built-in model
     # `auto` is settled once a run: whoever resumes it computes in the same precision, whatever a new measurement says.
     settled = {"runtime": config.runtime.model_copy(update=runtime.settled)}
     source_hash = custom.find(config.model.class_).sha256 if config.model.class_ else ""

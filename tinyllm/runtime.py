@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +210,7 @@ def environment(runtime: Runtime, compile: bool) -> dict[str, str]:
         device = f"{torch.cuda.get_device_name(runtime.device)}, CUDA {torch.version.cuda}"
     else:
         device = f"{runtime.device.type}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    return {
+    return ({"numba": version("numba")} if runtime.loops else {}) | {
         "torch": str(torch.__version__),
         "device": device,
         "dtype": runtime.dtype_name,
