@@ -25,8 +25,17 @@ from tinyllm.sanity.cost import flops_a_token
 WARM_UP, LEAST = 2, 3  # steps before the measurement, and within it
 AT_LEAST = WARM_UP + LEAST + 1  # steps in all: the last one goes to the profiler
 OPTIMIZER = "the optimizer"
-# What an operation is part of says more than its own name: the optimizer, or an operation of `fast.py`.
-WITHIN = {OPTIMIZER: OPTIMIZER, "CrossEntropy": "loss", "RMSNorm": "norms", "ReLU2": "activations"}
+# What an operation is part of says more than its own name: the optimizer, or an operation of `fast.py` or `loops.py`.
+WITHIN = {
+    OPTIMIZER: OPTIMIZER,
+    "CrossEntropy": "loss",
+    "RMSNorm": "norms",
+    "Norm": "norms",
+    "ReLU2": "activations",
+    "Pointwise": "activations",
+    "AddDropout": "dropout",
+    "Attention": "attention",
+}
 # Else torch's names of operations begin so, or have it in them; the first that fits counts.
 KINDS = {
     "loss": ("log_softmax", "nll_loss", "cross_entropy"),
