@@ -24,6 +24,7 @@ from tinyllm.sanity.cost import flops_a_token
 
 WARM_UP, LEAST = 2, 3  # steps before the measurement, and within it
 AT_LEAST = WARM_UP + LEAST + 1  # steps in all: the last one goes to the profiler
+SMALL = 0.005  # share of a step's time that is not worth a line
 OPTIMIZER = "the optimizer"
 # What an operation is part of says more than its own name: the optimizer, or an operation of `fast.py` or `loops.py`.
 WITHIN = {
@@ -62,7 +63,7 @@ class Bench:
     flops_a_second: float
     matmul_rate: float  # FLOP/s that a large matrix product reaches here
     peak_bytes: int | None  # of this process
-    parts: dict[str, float]  # share of a step's time by kind of work, the largest first; those below 0.5% left out
+    parts: dict[str, float]  # share of a step's time by kind of work, the largest first; those below SMALL left out
 
     @property
     def share_of_peak(self) -> float:
@@ -121,7 +122,7 @@ def parts(run: Run, state: TrainState) -> dict[str, float]:
     if not on_gpu:
         found["Python and the rest"] = max(whole - found.total(), 0.0)
     total = max(found.total(), 1e-9)
-    return {kind: spent / total for kind, spent in found.most_common() if spent > 0.005 * total}
+    return {kind: spent / total for kind, spent in found.most_common() if spent > SMALL * total}
 
 
 @contextmanager
