@@ -161,7 +161,7 @@ class RuntimeConfig(Section):
         "auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the forward pass (autocast); weights stay float32; auto: bfloat16 on CUDA, else float32"
+        "auto", description="of the forward pass (autocast); weights stay float32; auto: bfloat16 where it is faster"
     )
     compile: bool = Field(False, description="torch.compile, with a fallback to eager when it fails")
     loops: Literal["auto", "on", "off"] = Field(

@@ -126,9 +126,9 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
         return torch.from_numpy(of_all.argmax(-1))
     with np.errstate(all="ignore"):  # less the largest nothing overflows but to zero, at the smallest temperature
         scaled = (of_all - of_all.max(-1, keepdims=True)) / sampling.temperature
-        likely = np.exp(scaled.astype(np.float32))  # a tenth of the time of float64's, and exact to 1e-7
-    if sampling.keeps_all:
-        return torch.from_numpy(pick(likely.cumsum(-1, dtype=np.float64), draws.numpy()))
+        if sampling.keeps_all:
+            likely = np.exp(scaled.astype(np.float32))  # a tenth of the time of float64's, and exact to 1e-7
+            return torch.from_numpy(pick(likely.cumsum(-1, dtype=np.float64), draws.numpy()))
     scaled = torch.from_numpy(scaled)
     ids = likeliest(scaled, sampling)
     ordered, places = scaled.gather(1, ids).sort(dim=-1, descending=True, stable=True)
