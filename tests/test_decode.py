@@ -1,9 +1,12 @@
 """The compiled loops of sampling against the model they stand for, which runs through torch."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch import nn
 from tinyllm import decode, generate, kernels
 from tinyllm.decode import Decoder, fits
 from tinyllm.generate import Sampling, as_multiplied
-from tinyllm.model import KVCache
+from tinyllm.kernels import tiles
 
 FORMS = {
     "gpt2": {"recipe": "gpt2", "tie_embeddings": True},
@@ -25,36 +28,85 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("n_texts", [1, 2, 4, 5])
 @pytest.mark.parametrize("form", FORMS)
-def test_logits_are_those_of_the_model(form, n_texts, packed):
+def test_logits_are_those_of_the_model(form, n_texts):
     model = make_model(vocab_size=13 if n_texts > 1 else 3, **FORMS[form]).eval()
-    if packed:
-        as_multiplied(model)
     tokens = torch.randint(0, 3, (n_texts, 10), generator=torch.Generator().manual_seed(2))
-    cache = KVCache(model, n_texts)
+    decoder = Decoder(model, n_texts)
     with torch.no_grad():
         expected = model(tokens)
-        model(tokens[:, :2], cache)
-    decoder = Decoder(model, cache)
-    assert decoder.stack.fc_weight.dtype == decoder.head.dtype == (np.uint16 if packed else np.float32)
-    for at in range(2, 10):
-        logits = decoder(tokens[:, at : at + 1])
-        torch.testing.assert_close(logits, expected[:, at], rtol=2e-5, atol=2e-5)
-    assert cache.length == 10
+    for at, part in zip(range(1, 10), [tokens[:, :2], *tokens[:, 2:].split(1, dim=1)], strict=True):
+        torch.testing.assert_close(decoder(part), expected[:, at], rtol=2e-5, atol=2e-5)
+    assert decoder.cache.length == 10
+    assert decoder.stack.fc_weight.dtype == decoder.head.dtype == np.float32
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_model_of_an_everyday_size(packed):
+EVERYDAY = {"n_layer": 2, "n_head": 4, "n_embd": 72, "block_size": 96, "scale": 0.1, "vocab_size": 301}
+
+
+@pytest.mark.parametrize("n_texts", [1, 2, 5, 17])
+@pytest.mark.parametrize("form", FORMS)
+def test_in_bfloat16_logits_are_as_near_as_those_of_an_evaluation(form, n_texts):
+    """Beside float64; 72 numbers fill no tile, 301 tokens no group of tiles; a prompt of 40 is read in parts."""
+    model = make_model(**EVERYDAY, **FORMS[form]).eval()
+    as_multiplied(model)
+    tokens = torch.randint(0, 301, (n_texts, 48), generator=torch.Generator().manual_seed(2))
+    decoder = Decoder(model, n_texts, packed=True)
+    assert decoder.stack.fc_weight.dtype == decoder.head.dtype == np.uint16
+    got = torch.stack([decoder(part).clone() for part in [tokens[:, :40], *tokens[:, 40:].split(1, dim=1)]], dim=1)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            evaluated = model(tokens)[:, 39:].float()
+        exact = model.double()(tokens)[:, 39:]
+    assert (got - exact).square().mean() < (evaluated - exact).square().mean()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_in_bfloat16_a_text_has_the_same_bits_however_it_is_read(form, monkeypatch):
+    """Alone or with others, its prompt at once or in parts, by tile units or by vectors."""
+    model = make_model(**EVERYDAY, **FORMS[form]).eval()
+    as_multiplied(model)
+    tokens = torch.randint(0, 301, (18, 60), generator=torch.Generator().manual_seed(2))
+
+    def logits(rows, prompt):
+        decoder = Decoder(model, len(rows), packed=True)
+        parts = [tokens[rows, :prompt], *tokens[rows, prompt:].split(1, dim=1)]
+        return torch.stack([decoder(part).clone() for part in parts], dim=1)[:, -10:]
+
+    whole = logits(range(18), 50)
+    assert len(whole.unique(dim=0)) == 18
+    for rows, prompt in (([3], 50), ([3], 1), ([2, 3], 7), ([17, 1, 3], 33)):
+        assert torch.equal(logits(rows, prompt), whole[rows]), (rows, prompt)
+    if not tiles.has_units():
+        pytest.skip("no tile units here")
+    monkeypatch.setattr(decode, "has_units", lambda: False)
+    assert torch.equal(logits(range(18), 50), whole)
+
+
+def test_torch_s_products_are_right_after_those_in_tiles():
+    """Which leave the tile units as if they had not been used, in the thread that torch shares with them."""
+    model = make_model(**EVERYDAY)
+    as_multiplied(model)
+    a, b = torch.randn(2, 100, 100, generator=torch.Generator().manual_seed(3)).bfloat16()
+    before, decoder = a @ b, Decoder(model.eval(), 5, packed=True)
+    for _ in range(3):
+        decoder(torch.zeros(5, 3, dtype=torch.int64))
+        assert torch.equal(a @ b, before)
+
+
+@pytest.mark.parametrize("name", ["CPU_NAME", "CPU_FEATURES"])
+def test_another_cpu_s_machine_code_has_no_tile_units(name, monkeypatch):
+    monkeypatch.setattr(numba.config, name, "generic")
+    assert not tiles.has_units()
+
+
+def test_a_model_of_an_everyday_size():
     """Whose sums are long enough to show how they are rounded: no worse than torch's, beside float64."""
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 256, "block_size": 64}
     model = make_model(vocab_size=301, scale=0.1, **sizes).eval()
-    if packed:
-        as_multiplied(model)
     tokens = torch.randint(0, 301, (3, 64), generator=torch.Generator().manual_seed(2))
-    cache = KVCache(model, 3)
-    decoder = Decoder(model, cache)
+    decoder = Decoder(model, 3)
     got = torch.stack([decoder(tokens[:, at : at + 1]).clone() for at in range(64)], dim=1)
     with torch.no_grad():
         by_torch, exact = model(tokens), model.double()(tokens)
@@ -71,7 +123,7 @@ def test_long_texts_go_through_the_loops_and_are_the_same(monkeypatch):
         return list(generate.generate(model, [1, 2, 3], sampling, n_samples=3))
 
     long = texts(generate.WORTH_LOADING)
-    assert len(seen) > 0.7 * generate.WORTH_LOADING  # all but the prompt, and when the window slides
+    assert len(seen) == generate.WORTH_LOADING
     assert set(seen) == {3}
     seen.clear()
     short = texts(generate.WORTH_LOADING - 1)
@@ -82,12 +134,29 @@ def test_long_texts_go_through_the_loops_and_are_the_same(monkeypatch):
     assert not seen
 
 
-def test_weights_that_are_no_numbers_give_logits_that_are_none():
+def test_in_bfloat16_short_texts_go_through_the_loops_and_begin_long_ones(monkeypatch):
+    """For the model itself does not round what it multiplies; and a text is the same among others, to the last bit."""
+    model = make_model("modern")
+    as_multiplied(model)
+
+    def texts(n_tokens, n_samples):
+        sampling = Sampling(temperature=1.0, max_new_tokens=n_tokens, seed=3)
+        return list(zip(*generate.generate(model, [1, 2, 3], sampling, n_samples=n_samples), strict=True))
+
+    long = texts(150, 5)
+    assert [text[:20] for text in long] == texts(20, 5)
+    assert texts(150, 1) == long[:1]
+    monkeypatch.setattr(decode, "fits", lambda model: False)
+    assert len(texts(20, 5)[0]) == 20  # by the model, where there are no loops
+
+
+@pytest.mark.parametrize(("packed", "n_texts"), [(False, 1), (True, 1), (True, 4)])
+def test_weights_that_are_no_numbers_give_logits_that_are_none(packed, n_texts):
     model = make_model()
     with torch.no_grad():
         model.blocks[1].mlp.fc.weight[0, 0] = float("nan")
-    decoder = Decoder(model.eval(), KVCache(model, 1))
-    assert decoder(torch.tensor([[1]])).isnan().all()
+    decoder = Decoder(model.eval(), n_texts, packed=packed)
+    assert decoder(torch.ones(n_texts, 1, dtype=torch.int64)).isnan().all()
 
 
 def test_only_matrices_of_products_are_rounded():
@@ -173,6 +242,29 @@ def test_compiling_is_told_of_once_and_then_remembered(tmp_path):
         for _ in range(2)
     ]
     assert said == ["compiling\n150\n", "150\n"]
+
+
+def test_machine_code_is_made_again_when_any_of_its_files_changes(tmp_path):
+    """Numba looks at the file of a loop only, and not at those that it takes functions from."""
+    shutil.copytree(Path(kernels.__file__).parents[1], tmp_path / "tinyllm")
+    code = (
+        "import numpy as np\n"
+        "from tinyllm.kernels import sampling\n"
+        "out = np.zeros((1, 1), np.float32)\n"
+        "sampling.activate(1, np.ones((1, 1), np.float32), 1, 0, out)\n"
+        "print(out[0, 0])\n"
+    )
+
+    def run():
+        command = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert run() == pytest.approx(0.8413, abs=1e-4)
+    shared = tmp_path / "tinyllm" / "kernels" / "__init__.py"
+    text = shared.read_text(encoding="utf-8")
+    assert text.count("return x * (tail if") == 1
+    shared.write_text(text.replace("return x * (tail if", "return x + (tail if"), encoding="utf-8")
+    assert run() == pytest.approx(1.8413, abs=1e-4)
 
 
 def test_machine_code_that_cannot_be_kept_or_is_damaged_is_compiled_again(tmp_path):

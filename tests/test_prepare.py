@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -639,6 +640,25 @@ def test_two_at_once_do_not_disturb_each_other(here):
     assert isinstance(last, Prepared)
     assert open_prepared(config()).fingerprint == last.fingerprint
     assert set(state()) == {f"data/{name}" for name in prep.FILES}
+
+
+def test_results_that_are_put_into_place_at_the_same_time_do_not_mix(here):
+    """Four files each, by four who do nothing else: those that are there at the end are of one."""
+    folder = Path("data")
+    folder.mkdir()
+
+    def put(who):
+        for number in range(50):
+            aside = folder / f"{prep.ASIDE}{who}-{number}"
+            aside.mkdir()
+            for name in prep.FILES:
+                (aside / name).write_text(f"{who}-{number}")
+            prep.publish(aside, folder)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(put, range(4))) == [None] * 4
+    assert {path.name for path in folder.iterdir()} == set(prep.FILES)
+    assert len({path.read_text() for path in folder.iterdir()}) == 1
 
 
 def test_without_locks_a_leftover_is_removed_after_an_hour(here, monkeypatch):

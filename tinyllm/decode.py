@@ -1,25 +1,26 @@
 """One token after another, in compiled loops: what `model(token, cache)` computes, for models on a CPU.
 
-    cache = KVCache(model, batch_size=1)
-    model(prompt, cache)                         # fills the cache
-    decoder = Decoder(model, cache)
+    decoder = Decoder(model, n_texts=1, size=256)
+    logits = decoder(prompt)                     # (B, T) -> (B, V), those after its last token
     logits = decoder(token)                      # (B, 1) -> (B, V), and so on
 
 A small model's token takes less time than torch needs to start its two hundred operations. Here it is one call of
-compiled code (`kernels.say`), shared out among the cores: weights are read once, all else stays in a core's own memory.
+compiled code (`kernels.sampling.say`), shared out among the cores: weights are read once, all else stays in a core's
+own memory.
 """
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyllm import kernels
 from tinyllm.fast import EPS
-from tinyllm.kernels import ACTIVATIONS, NONE, TILE, Form, Room, Stack
+from tinyllm.kernels import NONE, sampling
+from tinyllm.kernels.sampling import ACTIVATIONS, TILE, Array, Form, Packed, Room, Stack
+from tinyllm.kernels.tiles import SIDE, has_units
 from tinyllm.model import GPT, KVCache
 
-Array = NDArray[np.float32]
+ROWS = 128  # new tokens, of all texts, that are read at once: their numbers stay in a core's own memory
 
 
 def fits(model: nn.Module) -> bool:
@@ -32,47 +33,86 @@ def fits(model: nn.Module) -> bool:
 
 
 class Decoder:
-    """A GPT on a CPU, its weights copied, in half of their bytes if they can be, and the cache that it goes on from."""
+    """A GPT on a CPU, its weights copied, and a cache for so many texts of `size` tokens (0: the model's block_size).
 
-    def __init__(self, model: GPT, cache: KVCache) -> None:
+    Packed it reckons in bfloat16, else in float32: `kernels/sampling.py` says what that means.
+    """
+
+    def __init__(self, model: GPT, n_texts: int, size: int = 0, packed: bool = False) -> None:
         config, block = model.config, model.blocks[0]
-        B, C, hidden = len(cache.tokens), config.n_embd, block.mlp.proj.in_features
-        rows = 1 if B == 1 else -(-B // TILE) * TILE
-        self.model, self.cache, self.stack, self.head = model, cache, *weights_of(model)
+        self.model, self.packed = model, packed
+        self.cache = KVCache(model, n_texts, size, torch.bfloat16 if packed else torch.float32)
+        self.units = True if self.packed and has_units() else None
+        self.positions = max(1, ROWS // n_texts) if self.packed else 1  # of each text, read at once
+        self.stack, self.head = weights_of(model, self.packed)
         self.form = Form(
             block.norm_1.eps,
             config.norm == "rmsnorm",
             EPS if config.qk_norm else 0.0,
+            block.mlp.proj.in_features,
             ACTIVATIONS.index(config.activation),
         )
         self.wte, self.wpe = array(model.wte.weight), None if model.wpe is None else array(model.wpe.weight)
         self.final = array(model.norm.weight), array(getattr(model.norm, "bias", None))
         self.rope = None if model.wpe is not None else (array(model.rope_cos[:, 0]), array(model.rope_sin[:, 0]))
-        widths = C, C, 3 * C, C, block.mlp.fc.out_features, hidden
-        rooms = (np.zeros((rows, width), np.float32) for width in widths)
-        self.room = Room(*rooms, np.zeros((B, config.n_head, cache.keys.shape[3]), np.float32))
-        self.logits = np.zeros((rows, model.vocab_size), np.float32)
+        self.room, self.logits = self.made_room(n_texts)
+
+    def made_room(self, n_texts: int) -> tuple[Room, Array]:
+        """Room for as many new tokens as are read at once, and for the logits after them."""
+        config, mlp, n = self.model.config, self.model.blocks[0].mlp, n_texts * self.positions
+        rows = up_to(n, SIDE if self.packed else TILE if n > 1 else 1)
+
+        def room(width: int, factor: bool = False) -> Array | Packed:
+            multiple = 1 if not self.packed else 2 * SIDE if factor else SIDE
+            return np.zeros((rows, up_to(width, multiple)), np.uint16 if self.packed and factor else np.float32)
+
+        return Room(
+            x=room(config.n_embd),
+            normed=room(config.n_embd, factor=True),
+            qkv=room(3 * config.n_embd),
+            said=room(config.n_embd, factor=True),
+            fc=room(mlp.fc.out_features),
+            active=room(mlp.proj.in_features, factor=True),
+            scores=np.zeros((n_texts, config.n_head, self.cache.keys.shape[3]), np.float32),
+        ), room(self.model.vocab_size)
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (B, V), float32, after tokens (B, 1) that go on from the cache; they are true until the next call."""
-        B, at, model = len(tokens), self.cache.length, self.model
-        if model.ngrams is None:
-            self.room.x[:B] = self.wte[tokens[:, 0].numpy()] + (0 if self.wpe is None else self.wpe[at])
+        """Logits (B, V), float32, after tokens (B, T) that go on from the cache; they are true until the next call."""
+        B, T = tokens.shape
+        if T > 1 and not self.packed:  # torch is as fast, where there is no way but float32
+            return self.model(tokens, self.cache)[:, -1]
+        for part in tokens.split(self.positions, dim=1):
+            self.read(part)
+        last = part.shape[1]
+        self.room.x[:B] = self.room.x[last - 1 : B * last : last]
+        sampling.conclude(B, self.room, self.form, *self.final, self.head, self.logits, self.units)
+        return torch.from_numpy(self.logits[:B, : self.model.vocab_size])
+
+    def read(self, tokens: Tensor) -> None:
+        """Take tokens (B, T), for which there is room, through all blocks."""
+        (B, T), at, C = tokens.shape, self.cache.length, self.model.config.n_embd
+        if self.model.ngrams is None:
+            embedded = self.wte[tokens.numpy()] + (0 if self.wpe is None else self.wpe[at : at + T])
         else:
-            self.room.x[:B] = model.embed(tokens, self.cache)[:, 0].numpy()
-        cos, sin = (table[at] for table in self.rope) if self.rope else (NONE, NONE)
-        past = self.cache.keys.numpy(), self.cache.values.numpy()
-        kernels.say(self.room, self.stack, *past, at, cos, sin, self.form, *self.final, self.head, self.logits)
-        self.cache.length += 1
-        return torch.from_numpy(self.logits[:B])
+            embedded = self.model.embed(tokens, self.cache).numpy()
+        self.room.x[: B * T, :C] = embedded.reshape(B * T, C)
+        cos, sin = (table[at : at + T] for table in self.rope) if self.rope else (NONE[None], NONE[None])
+        past = bits(self.cache.keys), bits(self.cache.values)
+        sampling.say(B * T, self.room, self.stack, *past, at, cos, sin, self.form, self.units)
+        self.cache.length += T
 
     @staticmethod
     def draw(logits: Tensor, temperature: float, draws: Tensor) -> Tensor:
         """As `generate.choose` where all tokens are kept: (B, V) and (B,) to (B,), int64, in one call."""
         chosen = torch.zeros(len(draws), dtype=torch.int64)
-        kernels.draw(logits.numpy(), temperature, draws.numpy(), chosen.numpy())
+        sampling.draw(logits.numpy(), temperature, draws.numpy(), chosen.numpy())
         return chosen
+
+
+def up_to(n: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-n // multiple) * multiple
 
 
 PLACES = {
@@ -85,36 +125,34 @@ PLACES = {
 }
 
 
-def weights_of(model: GPT) -> tuple[Stack, Array | NDArray[np.uint16]]:
-    """Those of all blocks, layer by layer, and the head's: as bfloat16 where that loses nothing.
-
-    It is their reading that takes the time.
-    """
-    dtype = torch.bfloat16 if all(map(is_bfloat16, model.matrices)) else torch.float32
-    stack = Stack(**{name: stacked(model, *name.rsplit("_", 1), dtype) for name in Stack._fields})
+def weights_of(model: GPT, packed: bool) -> tuple[Stack, Array | Packed]:
+    """Those of all blocks, layer by layer, and the head's; packed into bfloat16, in tiles, or as they are."""
+    stack = Stack(**{name: stacked(model, *name.rsplit("_", 1), packed) for name in Stack._fields})
     head = (model.wte if model.head is None else model.head).weight.detach()
-    return stack, bits(head.to(dtype))
+    return stack, bits(in_tiles(head[None])[0]) if packed else array(head)
 
 
-def is_bfloat16(matrix: Tensor) -> bool:
-    """Whether all of its numbers are; some rows at a time, which stay in the cache."""
-    return all(torch.equal(rows.to(torch.bfloat16).float(), rows) for rows in matrix.detach().split(256))
-
-
-def stacked(model: GPT, place: str, kind: str, dtype: torch.dtype) -> Array | NDArray[np.uint16]:
-    """A tensor of each block, (n_layer, ...), matrices in `dtype`; (n_layer, 0) where they have none."""
+def stacked(model: GPT, place: str, kind: str, packed: bool) -> Array | Packed:
+    """A tensor of each block, (n_layer, ...); (n_layer, 0) where they have none."""
     found = [getattr(block.get_submodule(PLACES[place]), kind, None) for block in model.blocks]
     if found[0] is None:
         return np.zeros((len(found), 0), np.float32)
-    return bits(torch.stack([tensor.detach().to(dtype if tensor.dim() > 1 else tensor.dtype) for tensor in found]))
+    together = torch.stack([tensor.detach() for tensor in found])
+    return bits(in_tiles(together)) if packed and together.dim() == 3 else array(together)
 
 
-def bits(tensor: Tensor) -> Array | NDArray[np.uint16]:
-    """As NumPy has it, which knows no bfloat16."""
-    tensor = tensor.contiguous()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+def in_tiles(matrices: Tensor) -> Tensor:
+    """Matrices (L, N, K) as `kernels/tiles.py` takes them, (L, N / 16, K / 32, 512), filled up with zeros; bfloat16."""
+    N, K = matrices.shape[1:]
+    whole = nn.functional.pad(matrices.bfloat16(), (0, -K % (2 * SIDE), 0, -N % SIDE))
+    return whole.unflatten(2, (-1, SIDE, 2)).unflatten(1, (-1, SIDE)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+
+
+def bits(tensor: Tensor) -> Array | Packed:
+    """A tensor's memory, as NumPy sees it, which knows no bfloat16."""
+    return array(tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor)
 
 
 def array(tensor: Tensor | None) -> Array:
-    """A tensor's memory, as NumPy sees it."""
+    """The same, of one in float32, or of none."""
     return NONE if tensor is None else tensor.detach().contiguous().numpy()

@@ -4,7 +4,8 @@
         ...                                  # a list of 3 ids a step; None for a sample that has ended
 
 Each sample is a pure function of (weights, prompt, settings, seed, its index): the random number behind token t of
-sample i comes from a counter, so asking for more samples, or for other lengths, changes none of the others.
+sample i comes from a counter, so asking for more samples, or for other lengths, changes none of the others (on a CPU,
+with the weights of a run in bfloat16, not in a single bit of the logits).
 """
 
 import math
@@ -74,12 +75,14 @@ def generate(
     ]
     ended = [False] * n_samples
     size = min(block_size, history.shape[1] + sampling.max_new_tokens)  # positions that can be needed
-    cache, new = KVCache(model, n_samples, size) if isinstance(model, GPT) else None, history
-    decoder = fast_decoder(model, cache) if cache and sampling.max_new_tokens >= WORTH_LOADING else None
+    cache, decoder, new = None, None, history
+    if isinstance(model, GPT):
+        decoder = fast_decoder(model, n_samples, size, sampling.max_new_tokens)
+        cache = decoder.cache if decoder else KVCache(model, n_samples, size)
     for _ in range(sampling.max_new_tokens):
         if cache and cache.length + new.shape[1] > block_size:
             cache.length, new = 0, history[:, -max(1, block_size // 2) :]
-        if decoder and cache.length:
+        if decoder:
             logits = decoder(new)[:, :n_tokens]
         else:
             logits = (model(new, cache) if cache else model(history))[:, -1, :n_tokens]
@@ -99,19 +102,30 @@ def generate(
 
 @torch.no_grad()
 def as_multiplied(model: GPT) -> None:
-    """Round matrices, in place, as each product of a run in bfloat16 does: what is sampled is what was evaluated.
-
-    Nothing else is rounded, so that what a text says does not depend on how many are written at once.
-    """
+    """Round matrices, in place, as each product of a run in bfloat16 does: what is sampled is what was evaluated."""
     for matrix in model.matrices:
         matrix.copy_(matrix.to(torch.bfloat16))
 
 
-def fast_decoder(model: GPT, cache: KVCache) -> "Decoder | None":
-    """What says one token after another faster than the model does itself; None where nothing is."""
+def in_bfloat16(model: GPT) -> bool:
+    """Whether all matrices are so; some rows at a time, which stay in a core's own memory."""
+    return all(
+        torch.equal(rows.bfloat16().float(), rows) for matrix in model.matrices for rows in matrix.detach().split(256)
+    )
+
+
+def fast_decoder(model: GPT, n_samples: int, size: int, n_tokens: int) -> "Decoder | None":
+    """What says one token after another faster than the model does itself; None where nothing is.
+
+    In bfloat16 it rounds what the model does not, so that there all texts are its own, or none: for many tokens a text
+    begins as for few.
+    """
+    packed = in_bfloat16(model)
+    if n_tokens < WORTH_LOADING and not packed:
+        return None
     from tinyllm import decode
 
-    return decode.Decoder(model, cache) if decode.fits(model) else None
+    return decode.Decoder(model, n_samples, size, packed) if decode.fits(model) else None
 
 
 def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:

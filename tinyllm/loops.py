@@ -6,7 +6,7 @@
     y = attend(qkv, n_head, qk_eps, rope, 0.0)
 
 torch takes several passes where there are several operations, and its elementwise ones convert each number to float32
-and back. `fast.py` says when these take its place; the loops are in `kernels.py`.
+and back. `fast.py` says when these take its place; the loops are in `kernels/training.py`.
 """
 
 import math
@@ -21,8 +21,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tinyllm import kernels
-from tinyllm.kernels import NONE, PARTS, f32
+from tinyllm.kernels import NONE, f32, training
+from tinyllm.kernels.training import PARTS
 
 POINTWISE = {
     "gelu": F.gelu,
@@ -57,7 +57,7 @@ class Pointwise(Function):
     def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
         x, ctx.name = x.contiguous(), name
         y = torch.empty_like(x)
-        kernels.look_up(bits(x).ravel(), tables(name)[0], bits(y).ravel())
+        training.look_up(bits(x).ravel(), tables(name)[0], bits(y).ravel())
         ctx.save_for_backward(x)
         return y
 
@@ -66,7 +66,7 @@ class Pointwise(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
-        kernels.look_up_slope(bits(x).ravel(), bits(g.contiguous()).ravel(), tables(ctx.name)[1], bits(out).ravel())
+        training.look_up_slope(bits(x).ravel(), bits(g.contiguous()).ravel(), tables(ctx.name)[1], bits(out).ravel())
         return out, None
 
 
@@ -76,7 +76,7 @@ def drop(h: Tensor, x: Tensor | None, p: float, seed: int) -> Tensor:
     out, h = torch.empty_like(h, memory_format=torch.contiguous_format), h.contiguous()
     onto = NONE.view(np.uint16) if x is None else bits(x.contiguous()).ravel()
     scale = f32(65536 / (65536 - dropped))
-    kernels.drop(bits(h).ravel(), onto, np.uint64(seed), np.uint16(dropped), scale, bits(out).ravel())
+    training.drop(bits(h).ravel(), onto, np.uint64(seed), np.uint16(dropped), scale, bits(out).ravel())
     return out
 
 
@@ -113,7 +113,7 @@ class Norm(Function):
         x, C = x.contiguous(), x.shape[-1]
         y, means, scales = torch.empty_like(x), *torch.empty(2, x.numel() // C)
         parameters = weight.detach().numpy(), NONE if bias is None else bias.detach().numpy()
-        kernels.normed(
+        training.normed(
             bits(x).reshape(-1, C), *parameters, eps, rms, bits(y).reshape(-1, C), means.numpy(), scales.numpy()
         )
         ctx.save_for_backward(x, weight, means, scales)
@@ -128,7 +128,7 @@ class Norm(Function):
         of_weight, of_bias = torch.zeros(PARTS, C), torch.zeros(PARTS, C if ctx.has_bias else 0)
         rows = (bits(y).reshape(-1, C) for y in (x, g.contiguous()))
         known = weight.detach().numpy(), means.numpy(), scales.numpy(), ctx.rms
-        kernels.normed_slope(*rows, *known, bits(out).reshape(-1, C), of_weight.numpy(), of_bias.numpy())
+        training.normed_slope(*rows, *known, bits(out).reshape(-1, C), of_weight.numpy(), of_bias.numpy())
         return out, of_weight.sum(0), of_bias.sum(0) if ctx.has_bias else None, None, None
 
 
@@ -149,10 +149,10 @@ class Attention(Function):
         D = C // n_head
         apart, scales = qkv.new_empty(3, B, n_head, T, D), torch.empty(2, B, n_head, T)
         heads = bits(qkv.contiguous()).reshape(B, T, 3, n_head, D)
-        kernels.heads_apart(heads, qk_eps, *tables, bits(apart), scales.numpy())
+        training.heads_apart(heads, qk_eps, *tables, bits(apart), scales.numpy())
         q, k, v = apart.flatten(1, 2)
         weights = torch.bmm(q, k.mT)
-        kernels.causal_softmax(bits(weights), f32(1 / math.sqrt(D)))
+        training.causal_softmax(bits(weights), f32(1 / math.sqrt(D)))
         ctx.p, ctx.seed = p, drawn() if p else 0
         kept = drop(weights, None, p, ctx.seed) if p else weights
         ctx.save_for_backward(apart, scales, weights, kept)
@@ -172,11 +172,11 @@ class Attention(Function):
         of_weights = torch.bmm(up, v.mT)
         if ctx.p:
             of_weights = drop(of_weights, None, ctx.p, ctx.seed)
-        kernels.causal_softmax_slope(bits(weights), bits(of_weights), f32(1 / math.sqrt(D)))
+        training.causal_softmax_slope(bits(weights), bits(of_weights), f32(1 / math.sqrt(D)))
         torch.bmm(of_weights, k, out=of_q)
         torch.bmm(of_weights.mT, q, out=of_k)
         out = torch.empty(B, T, 3, H, D, dtype=torch.bfloat16)
-        kernels.heads_together(bits(apart), bits(of_apart), ctx.qk_eps, *ctx.tables, scales.numpy(), bits(out))
+        training.heads_together(bits(apart), bits(of_apart), ctx.qk_eps, *ctx.tables, scales.numpy(), bits(out))
         return out.view(B, T, 3 * H * D), None, None, None, None
 
 
@@ -184,5 +184,5 @@ def moved(x: Tensor) -> Tensor:
     """(B, M, N, D) as (B, N, M, D)."""
     B, M, N, D = x.shape
     out = x.new_empty(B, N, M, D)
-    kernels.rows_moved(bits(x), bits(out))
+    training.rows_moved(bits(x), bits(out))
     return out

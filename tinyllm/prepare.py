@@ -320,10 +320,12 @@ def publish(aside: Path, folder: Path) -> None:
     """Put the files made in `aside` into `folder`. Once `aside` has its new name they are what counts.
 
     Moving four files is not one act, but renaming their folder is; if the moves are cut short, whoever opens
-    the data next does the rest.
+    the data next does the rest. Of two that are done at the same time one waits for the other.
     """
-    os.replace(aside, folder / READY)
-    finish_move(folder)
+    with locked(folder, wait=True):
+        finish_move(folder)
+        os.replace(aside, folder / READY)
+        finish_move(folder)
 
 
 def finish_move(folder: Path) -> None:

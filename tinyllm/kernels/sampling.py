@@ -1,0 +1,328 @@
+"""New tokens of each of B texts, for decode.py.
+
+There are two ways to reckon. In float32 all is float32. In bfloat16, for weights that are bfloat16, so is whatever
+products multiply, and the cache, as in an evaluation; sums, the stream and what is done number by number stay float32.
+An array's type says which. In bfloat16 a text's numbers are the same to the last bit, however many are written at once.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange, types
+from numba.extending import overload
+from numpy.typing import NDArray
+
+from tinyllm.kernels import (
+    LIMIT,
+    NONE,
+    ONE,
+    ZERO,
+    compiled,
+    dot,
+    exp,
+    f32,
+    gelu,
+    gelu_tanh,
+    inlined,
+    narrow,
+    parallel,
+    silu,
+    tiles,
+    widen,
+)
+
+TILE = 4  # rows of weights by rows of texts: sixteen sums, as many as fit in the registers
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "swiglu")
+Array = NDArray[np.float32]
+Packed = NDArray[np.uint16]  # bfloat16
+
+
+class Stack(NamedTuple):
+    """The weights of all L blocks; biases that there are not are (L, 0)."""
+
+    norm_1_weight: Array  # (L, C)
+    norm_1_bias: Array
+    qkv_weight: Array | Packed  # (L, 3 C, C)
+    qkv_bias: Array
+    proj_weight: Array | Packed
+    proj_bias: Array
+    norm_2_weight: Array
+    norm_2_bias: Array
+    fc_weight: Array | Packed
+    fc_bias: Array
+    mlp_weight: Array | Packed
+    mlp_bias: Array
+
+
+class Form(NamedTuple):
+    """What kind of GPT it is."""
+
+    eps: float
+    rms: bool
+    qk_eps: float  # 0: queries and keys are not normed
+    hidden: int  # numbers between the MLP's products
+    activation: int  # its place in ACTIVATIONS
+
+
+class Room(NamedTuple):
+    """Where the numbers of new tokens are kept on their way, a row each; wider and longer than here if products are."""
+
+    x: Array  # (rows, C), the stream
+    normed: Array | Packed  # (rows, C)
+    qkv: Array  # (rows, 3 C)
+    said: Array | Packed  # (rows, C), by the heads
+    fc: Array  # (rows, hidden), or twice that for SwiGLU
+    active: Array | Packed  # (rows, hidden)
+    scores: Array  # (B, H, size)
+
+
+@compiled
+def say(rows, room, stack, keys, values, at, cos, sin, form, units):
+    """All blocks, for the new tokens of B texts at positions from `at` on, whose embeddings are the rows of room.x."""
+    for layer in range(len(keys)):
+        norm(rows, room.x, stack.norm_1_weight[layer], stack.norm_1_bias[layer], form.eps, form.rms, room.normed)
+        multiply(rows, room.normed, stack.qkv_weight[layer], stack.qkv_bias[layer], room.qkv, False, units)
+        attend(rows, room.qkv, keys[layer], values[layer], at, form.qk_eps, cos, sin, room.scores, room.said)
+        multiply(rows, room.said, stack.proj_weight[layer], stack.proj_bias[layer], room.x, True, units)
+        norm(rows, room.x, stack.norm_2_weight[layer], stack.norm_2_bias[layer], form.eps, form.rms, room.normed)
+        multiply(rows, room.normed, stack.fc_weight[layer], stack.fc_bias[layer], room.fc, False, units)
+        activate(rows, room.fc, form.hidden, form.activation, room.active)
+        multiply(rows, room.active, stack.mlp_weight[layer], stack.mlp_bias[layer], room.x, True, units)
+
+
+@compiled
+def conclude(rows, room, form, weight, bias, head, logits, units):
+    """The last norm and the head."""
+    norm(rows, room.x, weight, bias, form.eps, form.rms, room.normed)
+    multiply(rows, room.normed, head, NONE, logits, False, units)
+
+
+def fit(x, out):
+    """A float32, as the array keeps it."""
+
+
+@overload(fit)
+def fitting(x, out):
+    if out.dtype == types.uint16:
+        return lambda x, out: narrow(x)
+    return lambda x, out: x
+
+
+@compiled
+def norm(rows, x, weight, bias, eps, rms, out):
+    """LayerNorm, or RMSNorm, of each of the rows, by C weights; no bias for NONE."""
+    C = weight.size
+    for b in range(rows):
+        mean = variance = ZERO
+        if not rms:
+            for c in range(C):
+                mean += x[b, c]
+            mean /= f32(C)
+        for c in range(C):
+            variance += (x[b, c] - mean) * (x[b, c] - mean)
+        r = ONE / np.sqrt(variance / f32(C) + f32(eps))
+        if bias.size:
+            for c in range(C):
+                out[b, c] = fit((x[b, c] - mean) * r * weight[c] + bias[c], out)
+        else:
+            for c in range(C):
+                out[b, c] = fit((x[b, c] - mean) * r * weight[c], out)
+
+
+def multiply(rows, x, weight, bias, out, add, units):
+    """The first rows of out = x weight^T + bias, or that added to them, as the weights are laid out for."""
+
+
+@overload(multiply)
+def multiplying(rows, x, weight, bias, out, add, units):
+    if weight.dtype == types.uint16:
+        return lambda rows, x, weight, bias, out, add, units: tiles.product(rows, x, weight, bias, out, add, units)
+    return lambda rows, x, weight, bias, out, add, units: linear(rows, x, weight, bias, out, add)
+
+
+@parallel
+def linear(rows, x, weight, bias, out, add):
+    """(rows, K), (N, K) -> (rows, N), in float32; there is room for many rows to be a multiple of TILE."""
+    N = len(weight)
+    if rows == 1:
+        for n in prange(N):
+            out[0, n] = start(out, bias, add, 0, n) + dot(x[0], weight[n])
+    else:
+        for tile in prange(N // TILE):
+            for b in range(0, rows, TILE):
+                multiply_tile(x, weight, bias, out, add, b, tile * TILE)
+        for n in range(N - N % TILE, N):  # what is left over
+            for b in range(rows):
+                out[b, n] = start(out, bias, add, b, n) + dot(x[b], weight[n])
+
+
+@inlined
+def start(out, bias, add, b, n):
+    """What a product is added to."""
+    return (out[b, n] if add else ZERO) + (bias[n] if bias.size else ZERO)
+
+
+@inlined
+def multiply_tile(x, weight, bias, out, add, b, n):
+    """Four rows by four: sixteen sums at once, for eight numbers read."""
+    s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = ZERO
+    s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = ZERO
+    for k in range(x.shape[1]):
+        x0, x1, x2, x3 = x[b, k], x[b + 1, k], x[b + 2, k], x[b + 3, k]
+        w0, w1, w2, w3 = weight[n, k], weight[n + 1, k], weight[n + 2, k], weight[n + 3, k]
+        s00, s01, s02, s03 = s00 + x0 * w0, s01 + x0 * w1, s02 + x0 * w2, s03 + x0 * w3
+        s10, s11, s12, s13 = s10 + x1 * w0, s11 + x1 * w1, s12 + x1 * w2, s13 + x1 * w3
+        s20, s21, s22, s23 = s20 + x2 * w0, s21 + x2 * w1, s22 + x2 * w2, s23 + x2 * w3
+        s30, s31, s32, s33 = s30 + x3 * w0, s31 + x3 * w1, s32 + x3 * w2, s33 + x3 * w3
+    sums = ((s00, s01, s02, s03), (s10, s11, s12, s13), (s20, s21, s22, s23), (s30, s31, s32, s33))
+    for i in range(TILE):
+        for j in range(TILE):
+            out[b + i, n + j] = start(out, bias, add, b + i, n + j) + sums[i][j]
+
+
+@parallel
+def attend(rows, qkv, keys, values, at, qk_eps, cos, sin, scores, out):
+    """Each head of each text: its keys and values into the cache, then softmax(q k^T / sqrt(D)) v of all up to it.
+
+    qkv (rows, 3 H D), row by row the new tokens of the first text, of the second, ...; keys and values (B, H, size, D),
+    to be filled from `at` on; queries and keys are normed where qk_eps is not zero, and rotated by cos and sin
+    (positions, D) unless these are NONE; scores (B, H, size); out (rows, H D).
+    """
+    B, H, _, D = keys.shape
+    T = rows // B
+    for pair in prange(B * H):
+        b, h = pair // H, pair % H
+        for t in range(T):
+            row = b * T + t
+            heads = qkv[row, : 3 * H * D].reshape((3 * H, D))
+            q, k, v = heads[h], heads[H + h], heads[2 * H + h]
+            for x in (q, k):
+                if qk_eps:
+                    normalize(x, qk_eps)
+                if cos.size:
+                    rotate(x, cos[t], sin[t])
+            for d in range(D):
+                keys[b, h, at + t, d], values[b, h, at + t, d] = fit(k[d], keys), fit(v[d], values)
+            mix(q, keys[b, h, : at + t + 1], values[b, h], scores[b, h])
+            for d in range(D):
+                out[row, h * D + d] = fit(q[d], out)
+
+
+@inlined
+def mix(q, keys, values, weights):
+    """Put in a query's place what it asks for, (D,), among keys and values (T, D)."""
+    look(q, keys, weights)
+    largest, total = f32(-np.inf), ZERO
+    for t in range(len(keys)):
+        largest = max(largest, weights[t])
+    for t in range(len(keys)):
+        weights[t] = exp(weights[t] - largest)
+        total += weights[t]
+    for t in range(len(keys)):
+        weights[t] /= total
+    for d in range(q.size):
+        q[d] = ZERO
+    gather(q, values[: len(keys)], weights)
+
+
+@inlined
+def look(q, keys, scores):
+    """q k^T / sqrt(D) for keys (T, D), four at a time: a number of the query is read once for them."""
+    T, scale = len(keys), ONE / np.sqrt(f32(q.size))
+    for t in range(0, T - T % 4, 4):
+        k0, k1, k2, k3 = keys[t], keys[t + 1], keys[t + 2], keys[t + 3]
+        s0 = s1 = s2 = s3 = ZERO
+        for d in range(q.size):
+            s0, s1 = s0 + q[d] * widen(k0[d]), s1 + q[d] * widen(k1[d])
+            s2, s3 = s2 + q[d] * widen(k2[d]), s3 + q[d] * widen(k3[d])
+        scores[t], scores[t + 1], scores[t + 2], scores[t + 3] = s0 * scale, s1 * scale, s2 * scale, s3 * scale
+    for t in range(T - T % 4, T):
+        scores[t] = dot(q, keys[t]) * scale
+
+
+@inlined
+def gather(y, values, weights):
+    """Add values (T, D), weighted, to y (D,), four at a time: a sum is read and written once for them."""
+    T = len(values)
+    for t in range(0, T - T % 4, 4):
+        v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
+        w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
+        for d in range(y.size):
+            y[d] += w0 * widen(v0[d]) + w1 * widen(v1[d]) + w2 * widen(v2[d]) + w3 * widen(v3[d])
+    for t in range(T - T % 4, T):
+        value, weight = values[t], weights[t]
+        for d in range(y.size):
+            y[d] += weight * widen(value[d])
+
+
+@inlined
+def normalize(x, eps):
+    """RMSNorm without weights, in place."""
+    r = ONE / np.sqrt(dot(x, x) / f32(x.size) + f32(eps))
+    for d in range(x.size):
+        x[d] *= r
+
+
+@inlined
+def rotate(x, cos, sin):
+    """As `model.rotate`, in place."""
+    half = x.size // 2
+    for d in range(half):
+        a, b = x[d], x[d + half]
+        x[d], x[d + half] = a * cos[d] + b * sin[d], b * cos[d + half] + a * sin[d + half]
+
+
+@parallel
+def activate(rows, x, hidden, kind, out):
+    """What stands between the MLP's two products, (rows, hidden), by its place in ACTIVATIONS.
+
+    SwiGLU's x is twice as wide, with the gate in the first half.
+    """
+    for b in prange(rows):
+        if kind == 0:
+            for n in range(hidden):
+                out[b, n] = fit(gelu(x[b, n]), out)
+        elif kind == 1:
+            for n in range(hidden):
+                out[b, n] = fit(gelu_tanh(x[b, n]), out)
+        elif kind == 2:
+            for n in range(hidden):
+                out[b, n] = fit(max(x[b, n], ZERO) ** 2, out)
+        else:
+            for n in range(hidden):
+                out[b, n] = fit(silu(x[b, n]) * x[b, hidden + n], out)
+
+
+@compiled
+def draw(logits, temperature, draws, out):
+    """Ids (B,), on which the draws (B,) in [0, 1) fall in the cumulative softmax(logits / temperature), (B, V)."""
+    B, V = logits.shape
+    for b in range(B):
+        row = logits[b]
+        order = np.int32(-(2**31))
+        for v in range(V):
+            order = max(order, in_order_32(f32(row[v]).view(np.int32)))
+        largest = np.float64(np.int32(in_order_32(order)).view(np.float32))
+        total, per_temperature = 0.0, min(1.0 / temperature, 1e300)
+        for v in range(V):
+            total += share(row[v] - largest, per_temperature)
+        out[b], so_far = V - 1, 0.0
+        for v in range(V):
+            so_far += share(row[v] - largest, per_temperature)
+            if so_far > draws[b] * total:
+                out[b] = v
+                break
+
+
+@inlined
+def share(difference, per_temperature):
+    """e^(difference / temperature); zero for what has no chance, whatever `exp` makes of it."""
+    scaled = f32(difference * per_temperature)
+    term = exp(scaled)
+    return term if scaled > -LIMIT else ZERO
+
+
+@inlined
+def in_order_32(bits):
+    """The bits of a float32 as a number of the same order, and back."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
