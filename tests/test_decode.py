@@ -14,7 +14,7 @@ from test_generate import make_model
 from torch import nn
 
 from tinyllm import decode, generate, kernels
-from tinyllm.decode import Decoder, fits
+from tinyllm.decode import Decoder
 from tinyllm.generate import Sampling, as_multiplied
 from tinyllm.kernels import tiles
 
@@ -129,7 +129,7 @@ def test_long_texts_go_through_the_loops_and_are_the_same(monkeypatch):
     short = texts(generate.WORTH_LOADING - 1)
     assert not seen
     assert long[:-1] == short
-    monkeypatch.setattr(decode, "fits", lambda model: False)
+    monkeypatch.setattr(decode, "is_quick", lambda: False)
     assert texts(generate.WORTH_LOADING) == long
     assert not seen
 
@@ -146,7 +146,7 @@ def test_in_bfloat16_short_texts_go_through_the_loops_and_begin_long_ones(monkey
     long = texts(150, 5)
     assert [text[:20] for text in long] == texts(20, 5)
     assert texts(150, 1) == long[:1]
-    monkeypatch.setattr(decode, "fits", lambda model: False)
+    monkeypatch.setattr(decode, "is_quick", lambda: False)
     assert len(texts(20, 5)[0]) == 20  # by the model, where there are no loops
 
 
@@ -170,17 +170,26 @@ def test_only_matrices_of_products_are_rounded():
     assert torch.equal(tied.wte.weight, tied.wte.weight.bfloat16().float())
 
 
-def test_what_the_loops_are_not_for():
-    assert fits(make_model())
-    assert not fits(make_model().double())
-    assert not fits(nn.Linear(2, 2))
+def test_what_the_loops_are_for():
+    def decoder(model, n_tokens=1000):
+        return generate.fast_decoder(model, 1, 0, n_tokens)
+
+    model = make_model()
+    assert not decoder(model).packed
+    assert not decoder(model, n_tokens=10)
+    assert not decoder(model.double())
+    as_multiplied(model.float())
+    assert decoder(model).packed
+    assert decoder(model, n_tokens=10).packed
+    assert not decoder(model.bfloat16())
+    assert not decoder(model.float().to("meta"))
 
 
 def test_threads_that_start_slowly_are_not_used():
     """Numba's last resort where there is no OpenMP: each loop would take longer to start than to run."""
-    code = "from test_generate import make_model; from tinyllm.decode import fits; print(fits(make_model()))"
+    code = "from tinyllm.decode import is_quick; print(is_quick())"
     for layer, expected in (("workqueue", "False"), ("omp", "True")):
-        environment = os.environ | {"NUMBA_THREADING_LAYER": layer, "PYTHONPATH": os.path.dirname(__file__)}
+        environment = os.environ | {"NUMBA_THREADING_LAYER": layer}
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
         )

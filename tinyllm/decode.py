@@ -18,17 +18,14 @@ from tinyllm.fast import EPS
 from tinyllm.kernels import NONE, sampling
 from tinyllm.kernels.sampling import ACTIVATIONS, TILE, Array, Form, Packed, Room, Stack
 from tinyllm.kernels.tiles import SIDE, has_units
+from tinyllm.kernels.vectors import WIDTH
 from tinyllm.model import GPT, KVCache
 
-ROWS = 128  # new tokens, of all texts, that are read at once: their numbers stay in a core's own memory
+ROWS = 512  # new tokens, of all texts, that are read at once
 
 
-def fits(model: nn.Module) -> bool:
-    """Whether the loops are for this model, and quicker than torch."""
-    if not isinstance(model, GPT) or any(
-        p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters()
-    ):
-        return False
+def is_quick() -> bool:
+    """Whether the loops are quicker than torch here."""
     return kernels.threads_start_quickly(torch.get_num_threads())
 
 
@@ -41,13 +38,15 @@ class Decoder:
     def __init__(self, model: GPT, n_texts: int, size: int = 0, packed: bool = False) -> None:
         config, block = model.config, model.blocks[0]
         self.model, self.packed = model, packed
-        self.cache = KVCache(model, n_texts, size, torch.bfloat16 if packed else torch.float32)
+        D = up_to(config.n_embd // config.n_head, 2 * WIDTH)
+        self.cache = KVCache(model, n_texts, size, torch.bfloat16, D) if packed else KVCache(model, n_texts, size)
         self.units = True if self.packed and has_units() else None
         self.positions = max(1, ROWS // n_texts) if self.packed else 1  # of each text, read at once
         self.stack, self.head = weights_of(model, self.packed)
         self.form = Form(
             block.norm_1.eps,
             config.norm == "rmsnorm",
+            config.n_embd // config.n_head,
             EPS if config.qk_norm else 0.0,
             block.mlp.proj.in_features,
             ACTIVATIONS.index(config.activation),
@@ -63,8 +62,12 @@ class Decoder:
         rows = up_to(n, SIDE if self.packed else TILE if n > 1 else 1)
 
         def room(width: int, factor: bool = False) -> Array | Packed:
-            multiple = 1 if not self.packed else 2 * SIDE if factor else SIDE
-            return np.zeros((rows, up_to(width, multiple)), np.uint16 if self.packed and factor else np.float32)
+            if not self.packed:
+                return np.zeros((rows, width), np.float32)
+            if not factor:
+                return np.zeros((rows, up_to(width, SIDE)), np.float32)
+            # Some more, so that rows do not crowd in the same lines of a core's memory.
+            return np.zeros((rows, up_to(width, 2 * SIDE) + 2 * SIDE), np.uint16)
 
         return Room(
             x=room(config.n_embd),
@@ -73,6 +76,7 @@ class Decoder:
             said=room(config.n_embd, factor=True),
             fc=room(mlp.fc.out_features),
             active=room(mlp.proj.in_features, factor=True),
+            queries=np.zeros((n_texts, config.n_head, self.cache.keys.shape[4]), np.float32),
             scores=np.zeros((n_texts, config.n_head, self.cache.keys.shape[3]), np.float32),
         ), room(self.model.vocab_size)
 
@@ -145,7 +149,8 @@ def in_tiles(matrices: Tensor) -> Tensor:
     """Matrices (L, N, K) as `kernels/tiles.py` takes them, (L, N / 16, K / 32, 512), filled up with zeros; bfloat16."""
     N, K = matrices.shape[1:]
     whole = nn.functional.pad(matrices.bfloat16(), (0, -K % (2 * SIDE), 0, -N % SIDE))
-    return whole.unflatten(2, (-1, SIDE, 2)).unflatten(1, (-1, SIDE)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+    pairs = whole.view(torch.int32).unflatten(2, (-1, SIDE)).unflatten(1, (-1, SIDE))  # (L, N / 16, 16, K / 32, 16)
+    return pairs.permute(0, 1, 3, 4, 2).flatten(3).view(torch.bfloat16)
 
 
 def bits(tensor: Tensor) -> Array | Packed:

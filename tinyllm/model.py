@@ -205,12 +205,15 @@ class GPT(nn.Module):
 class KVCache:
     """Tokens seen so far, (B, size), and each layer's keys and values of them, (B, H, size, D); `length` are filled.
 
-    A size of 0: the model's block_size.
+    A size of 0: the model's block_size; a head_size of 0: the model's. Others are for who fills it in a way of his own.
     """
 
-    def __init__(self, model: GPT, batch_size: int, size: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: GPT, batch_size: int, size: int = 0, dtype: torch.dtype = torch.float32, head_size: int = 0
+    ) -> None:
         config = model.config
-        shape = (batch_size, config.n_head, size or config.block_size, config.n_embd // config.n_head)
+        D = head_size or config.n_embd // config.n_head
+        shape = (batch_size, config.n_head, size or config.block_size, D)
         device = model.wte.weight.device
         self.keys, self.values = torch.zeros(2, config.n_layer, *shape, device=device, dtype=dtype)
         self.tokens = torch.zeros(batch_size, shape[2], device=device, dtype=torch.int64)

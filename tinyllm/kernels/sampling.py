@@ -28,8 +28,8 @@ from tinyllm.kernels import (
     parallel,
     silu,
     tiles,
-    widen,
 )
+from tinyllm.kernels.vectors import gather, look
 
 TILE = 4  # rows of weights by rows of texts: sixteen sums, as many as fit in the registers
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "swiglu")
@@ -59,6 +59,7 @@ class Form(NamedTuple):
 
     eps: float
     rms: bool
+    head_size: int
     qk_eps: float  # 0: queries and keys are not normed
     hidden: int  # numbers between the MLP's products
     activation: int  # its place in ACTIVATIONS
@@ -73,6 +74,7 @@ class Room(NamedTuple):
     said: Array | Packed  # (rows, C), by the heads
     fc: Array  # (rows, hidden), or twice that for SwiGLU
     active: Array | Packed  # (rows, hidden)
+    queries: Array  # (B, H, D)
     scores: Array  # (B, H, size)
 
 
@@ -82,7 +84,7 @@ def say(rows, room, stack, keys, values, at, cos, sin, form, units):
     for layer in range(len(keys)):
         norm(rows, room.x, stack.norm_1_weight[layer], stack.norm_1_bias[layer], form.eps, form.rms, room.normed)
         multiply(rows, room.normed, stack.qkv_weight[layer], stack.qkv_bias[layer], room.qkv, False, units)
-        attend(rows, room.qkv, keys[layer], values[layer], at, form.qk_eps, cos, sin, room.scores, room.said)
+        attend(rows, room, keys[layer], values[layer], at, form, cos, sin)
         multiply(rows, room.said, stack.proj_weight[layer], stack.proj_bias[layer], room.x, True, units)
         norm(rows, room.x, stack.norm_2_weight[layer], stack.norm_2_bias[layer], form.eps, form.rms, room.normed)
         multiply(rows, room.normed, stack.fc_weight[layer], stack.fc_bias[layer], room.fc, False, units)
@@ -181,15 +183,14 @@ def multiply_tile(x, weight, bias, out, add, b, n):
 
 
 @parallel
-def attend(rows, qkv, keys, values, at, qk_eps, cos, sin, scores, out):
+def attend(rows, room, keys, values, at, form, cos, sin):
     """Each head of each text: its keys and values into the cache, then softmax(q k^T / sqrt(D)) v of all up to it.
 
-    qkv (rows, 3 H D), row by row the new tokens of the first text, of the second, ...; keys and values (B, H, size, D),
-    to be filled from `at` on; queries and keys are normed where qk_eps is not zero, and rotated by cos and sin
-    (positions, D) unless these are NONE; scores (B, H, size); out (rows, H D).
+    room.qkv has, row by row, the new tokens of the first text, of the second, ...; keys and values (B, H, size, D), or
+    wider, are filled from `at` on; queries and keys are rotated by cos and sin (positions, D) unless these are NONE.
     """
-    B, H, _, D = keys.shape
-    T = rows // B
+    B, H = keys.shape[:2]
+    T, D, qkv, qk_eps, out = rows // B, form.head_size, room.qkv, form.qk_eps, room.said
     for pair in prange(B * H):
         b, h = pair // H, pair % H
         for t in range(T):
@@ -201,58 +202,67 @@ def attend(rows, qkv, keys, values, at, qk_eps, cos, sin, scores, out):
                     normalize(x, qk_eps)
                 if cos.size:
                     rotate(x, cos[t], sin[t])
-            for d in range(D):
-                keys[b, h, at + t, d], values[b, h, at + t, d] = fit(k[d], keys), fit(v[d], values)
-            mix(q, keys[b, h, : at + t + 1], values[b, h], scores[b, h])
+            ask(q, k, v, keys[b, h], values[b, h], at + t, room.queries[b, h], room.scores[b, h])
             for d in range(D):
                 out[row, h * D + d] = fit(q[d], out)
 
 
+def ask(q, k, v, keys, values, at, query, weights):
+    """A key and a value (D,) into the cache, (size, D), and in place of the query what it finds up to these."""
+
+
+@overload(ask)
+def asking(q, k, v, keys, values, at, query, weights):
+    if keys.dtype == types.uint16:
+        return lambda q, k, v, keys, values, at, query, weights: ask_pairs(q, k, v, keys, values, at, query, weights)
+    return lambda q, k, v, keys, values, at, query, weights: ask_floats(q, k, v, keys, values, at, weights)
+
+
 @inlined
-def mix(q, keys, values, weights):
-    """Put in a query's place what it asks for, (D,), among keys and values (T, D)."""
-    look(q, keys, weights)
-    largest, total = f32(-np.inf), ZERO
-    for t in range(len(keys)):
-        largest = max(largest, weights[t])
-    for t in range(len(keys)):
-        weights[t] = exp(weights[t] - largest)
-        total += weights[t]
-    for t in range(len(keys)):
-        weights[t] /= total
+def ask_floats(q, k, v, keys, values, at, weights):
+    for d in range(q.size):
+        keys[at, d], values[at, d] = k[d], v[d]
+    for t in range(at + 1):
+        weights[t] = dot(q, keys[t])
+    softmax(weights[: at + 1], q.size)
     for d in range(q.size):
         q[d] = ZERO
-    gather(q, values[: len(keys)], weights)
-
-
-@inlined
-def look(q, keys, scores):
-    """q k^T / sqrt(D) for keys (T, D), four at a time: a number of the query is read once for them."""
-    T, scale = len(keys), ONE / np.sqrt(f32(q.size))
-    for t in range(0, T - T % 4, 4):
-        k0, k1, k2, k3 = keys[t], keys[t + 1], keys[t + 2], keys[t + 3]
-        s0 = s1 = s2 = s3 = ZERO
+    for t in range(at + 1):
         for d in range(q.size):
-            s0, s1 = s0 + q[d] * widen(k0[d]), s1 + q[d] * widen(k1[d])
-            s2, s3 = s2 + q[d] * widen(k2[d]), s3 + q[d] * widen(k3[d])
-        scores[t], scores[t + 1], scores[t + 2], scores[t + 3] = s0 * scale, s1 * scale, s2 * scale, s3 * scale
-    for t in range(T - T % 4, T):
-        scores[t] = dot(q, keys[t]) * scale
+            q[d] += weights[t] * values[t, d]
 
 
 @inlined
-def gather(y, values, weights):
-    """Add values (T, D), weighted, to y (D,), four at a time: a sum is read and written once for them."""
-    T = len(values)
-    for t in range(0, T - T % 4, 4):
-        v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
-        w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
-        for d in range(y.size):
-            y[d] += w0 * widen(v0[d]) + w1 * widen(v1[d]) + w2 * widen(v2[d]) + w3 * widen(v3[d])
-    for t in range(T - T % 4, T):
-        value, weight = values[t], weights[t]
-        for d in range(y.size):
-            y[d] += weight * widen(value[d])
+def ask_pairs(q, k, v, keys, values, at, query, weights):
+    """With pairs of a number from the first half of a key or value, and one from the second; both filled with zeros."""
+    D, half, row = q.size, query.size // 2, query.size * keys.itemsize
+    middle = D - D // 2
+    for d in range(middle):
+        query[d], keys[at, 2 * d], values[at, 2 * d] = q[d], narrow(k[d]), narrow(v[d])
+    for d in range(middle, D):
+        e = d - middle
+        query[half + e], keys[at, 2 * e + 1], values[at, 2 * e + 1] = q[d], narrow(k[d]), narrow(v[d])
+    place = query.ctypes.data
+    look(place, half * query.itemsize, keys.ctypes.data, row, at + 1, weights.ctypes.data)
+    softmax(weights[: at + 1], D)
+    gather(weights.ctypes.data, values.ctypes.data, row, at + 1, half * query.itemsize, place)
+    for d in range(middle):
+        q[d] = query[d]
+    for d in range(middle, D):
+        q[d] = query[half + d - middle]
+
+
+@inlined
+def softmax(x, D):
+    """Of x / sqrt(D), in place."""
+    scale, largest, total = ONE / np.sqrt(f32(D)), f32(-np.inf), ZERO
+    for t in range(x.size):
+        largest = max(largest, x[t])
+    for t in range(x.size):
+        x[t] = exp((x[t] - largest) * scale)
+        total += x[t]
+    for t in range(x.size):
+        x[t] /= total
 
 
 @inlined

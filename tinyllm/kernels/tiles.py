@@ -19,11 +19,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from tinyllm.kernels import ZERO, inlined, parallel
+from tinyllm.kernels.vectors import BYTE, LONG, add_product, ahead
 
 SIDE = 16  # rows of a tile of sums, and its columns; factors of them are 16 rows of 64 bytes, too
 TOGETHER = 4  # tiles of sums side by side
 FEW = 2  # rows, up to which vectors are faster
-BYTE, LONG, INT, FLOAT = ir.IntType(8), ir.IntType(64), ir.IntType(32), ir.FloatType()
 SHAPES = bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[SIDE] * 8, *[0] * 8])  # what the units are told of 8 tiles
 
 
@@ -75,14 +75,18 @@ def by_units(rows, x, weight, bias, out, add):
     for group in prange(columns // TOGETHER):
         column = group * TOGETHER
         begin(rows, bias, out, add, column, column + TOGETHER)
+        ready()
         for b in range(0, rows, SIDE):
             sums = out[b, column * SIDE :].ctypes.data
             add_products(x[b].ctypes.data, x_row, weight[column].ctypes.data, w_column, tiles, sums, out_row)
+        done()
     for column in range(columns - columns % TOGETHER, columns):  # what is left over
         begin(rows, bias, out, add, column, column + 1)
+        ready()
         for b in range(0, rows, SIDE):
             sums = out[b, column * SIDE :].ctypes.data
             add_products_of_one(x[b].ctypes.data, x_row, weight[column].ctypes.data, w_column, tiles, sums, out_row)
+        done()
 
 
 @inlined
@@ -99,88 +103,52 @@ def begin(rows, bias, out, add, first, end):
             row[n] += own_bias[n]
 
 
-# ---- Both ways, in LLVM's language; addresses and strides are in bytes ----
+# ---- The tile units, in LLVM's language; addresses and strides are in bytes ----
 
 
 @intrinsic
-def add_product(typing, x, weight, tiles, sums):
-    """One row of x (K,) times a column of tiles, onto 16 sums, each in its own place of a vector."""
+def ready(typing):
+    """Tell the units of their tiles."""
 
     def emit(context, builder, signature, operands):
-        x, weight, tiles, sums = operands
-        place = builder.inttoptr(sums, ir.VectorType(FLOAT, SIDE).as_pointer())
-        total = cgutils.alloca_once_value(builder, builder.load(place, align=4))
-        with cgutils.for_range(builder, tiles) as tile:
-            x_here = builder.add(x, builder.mul(tile.index, LONG(64)))
-            here = builder.add(weight, builder.mul(tile.index, LONG(1024)))
-            even = odd = ir.Constant(ir.VectorType(FLOAT, SIDE), [0.0] * SIDE)
-            for pair in range(SIDE):
-                x_even, x_odd = halves(builder, everywhere(builder, builder.add(x_here, LONG(4 * pair))))
-                w_even, w_odd = halves(builder, loaded(builder, builder.add(here, LONG(64 * pair))))
-                even = fused(builder, even, x_even, w_even)
-                odd = fused(builder, odd, x_odd, w_odd)
-            builder.store(in_order(builder, builder.load(total), in_order(builder, even, odd)), total)
-        builder.store(builder.load(total), place, align=4)
+        shapes = ir.Constant(ir.ArrayType(BYTE, len(SHAPES)), bytearray(SHAPES))
+        place = builder.bitcast(cgutils.global_constant(builder, "shapes_of_tiles", shapes), BYTE.as_pointer())
+        instruct(builder, "ldtilecfg", place)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 4), emit
+    return types.void(), emit
 
 
-def fused(builder, total, a, b):
-    """total + a b, at once if the CPU can: the product is exact, so that it is the same."""
-    return in_order(builder, total, builder.fmul(a, b, flags=["contract"]))
+@intrinsic
+def done(typing):
+    """Leave the units as if they had not been used."""
 
+    def emit(context, builder, signature, operands):
+        instruct(builder, "tilerelease")
+        return context.get_dummy_value()
 
-def in_order(builder, a, b):
-    """a + b, which without a flag of its own would get the loop's, that sums may be taken in any order."""
-    return builder.fadd(a, b, flags=["contract"])
-
-
-def loaded(builder, address):
-    """A vector of 16 pairs of bfloat16 numbers."""
-    return builder.load(builder.inttoptr(address, ir.VectorType(INT, SIDE).as_pointer()), align=4)
-
-
-def everywhere(builder, address):
-    """One pair, in all places of a vector."""
-    nothing = ir.Constant(ir.VectorType(INT, SIDE), ir.Undefined)
-    pair = builder.load(builder.inttoptr(address, INT.as_pointer()), align=4)
-    return builder.shuffle_vector(
-        builder.insert_element(nothing, pair, INT(0)), nothing, ir.Constant(ir.VectorType(INT, SIDE), [0] * SIDE)
-    )
-
-
-def halves(builder, pairs):
-    """The first numbers of pairs, and the second, as float32."""
-    vector = ir.VectorType(FLOAT, SIDE)
-    first = builder.shl(pairs, ir.Constant(pairs.type, [16] * SIDE))
-    second = builder.and_(pairs, ir.Constant(pairs.type, [0xFFFF0000] * SIDE))
-    return builder.bitcast(first, vector), builder.bitcast(second, vector)
+    return types.void(), emit
 
 
 def adder(together):
-    """The intrinsic that follows, for so many columns of tiles side by side."""
+    """`add_products` for so many columns of tiles side by side."""
 
     @intrinsic
     def add_products(typing, x, x_row, weight, column, tiles, sums, row):
-        """16 rows of x times columns of tiles, onto 16 rows of sums, by the tile units."""
+        """16 rows of x times columns of tiles, onto 16 rows of sums."""
 
         def emit(context, builder, signature, operands):
             x, x_row, weight, column, tiles, sums, row = operands
-            shapes = ir.Constant(ir.ArrayType(BYTE, len(SHAPES)), bytearray(SHAPES))
-            place = builder.bitcast(cgutils.global_constant(builder, "shapes_of_tiles", shapes), BYTE.as_pointer())
-            instruct(builder, "ldtilecfg", place)
             for j in range(together):
                 moved(builder, "tileloadd64", j, builder.add(sums, LONG(64 * j)), row)
             with cgutils.for_range(builder, tiles) as tile:
-                moved(builder, "tileloadd64", 7, builder.add(x, builder.mul(tile.index, LONG(64))), x_row)
+                moved(builder, "tileloadd64", 7, ahead(builder, x, (tile.index, LONG(64))), x_row)
                 for j in range(together):
-                    ahead = builder.add(builder.mul(column, LONG(j)), builder.mul(tile.index, LONG(1024)))
-                    moved(builder, "tileloadd64", 4 + j % 3, builder.add(weight, ahead), LONG(64))
+                    here = ahead(builder, weight, (column, LONG(j)), (tile.index, LONG(1024)))
+                    moved(builder, "tileloadd64", 4 + j % 3, here, LONG(64))
                     instruct(builder, "tdpbf16ps", j, 7, 4 + j % 3)
             for j in range(together):
                 moved(builder, "tilestored64", j, builder.add(sums, LONG(64 * j)), row)
-            instruct(builder, "tilerelease")
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 7), emit
@@ -197,7 +165,7 @@ def moved(builder, name, tile, address, stride):
 
 
 def instruct(builder, name, *operands):
-    """One instruction for the tile units: numbers of tiles are a part of it, others are values."""
+    """One instruction for the units: numbers of tiles are a part of it, others are values."""
     operands = [ir.Constant(BYTE, operand) if isinstance(operand, int) else operand for operand in operands]
     kind = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
     builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), operands)

@@ -1,0 +1,146 @@
+"""Loops over vectors of 16 numbers, in LLVM's language: where it takes more than a loop in Python's to get them.
+
+bfloat16 numbers are read in pairs, 16 of them at once: the first of each is the upper half of a float32 number when
+moved up, the second when what is below it is cut off. Addresses and strides are in bytes.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+WIDTH = 16
+BYTE, LONG, INT, FLOAT = ir.IntType(8), ir.IntType(64), ir.IntType(32), ir.FloatType()
+PAIRS, FLOATS = ir.VectorType(INT, WIDTH), ir.VectorType(FLOAT, WIDTH)
+ZEROS = ir.Constant(FLOATS, [0.0] * WIDTH)
+
+
+def loaded(builder, address, kind=PAIRS):
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
+
+
+def everywhere(builder, address, kind=PAIRS):
+    """The number, or the pair, at an address in all places of a vector."""
+    nothing, first = ir.Constant(kind, ir.Undefined), ir.Constant(PAIRS, [0] * WIDTH)
+    one = builder.insert_element(nothing, loaded(builder, address, kind.element), INT(0))
+    return builder.shuffle_vector(one, nothing, first)
+
+
+def halves(builder, pairs):
+    """The first numbers of pairs, and the second, as float32."""
+    first = builder.shl(pairs, ir.Constant(PAIRS, [16] * WIDTH))
+    second = builder.and_(pairs, ir.Constant(PAIRS, [0xFFFF0000] * WIDTH))
+    return builder.bitcast(first, FLOATS), builder.bitcast(second, FLOATS)
+
+
+def fused(builder, total, a, b):
+    """total + a b, at once if the CPU can."""
+    return in_order(builder, total, builder.fmul(a, b, flags=["contract"]))
+
+
+def in_order(builder, a, b):
+    """a + b, which without a flag of its own would get the loop's, that sums may be taken in any order."""
+    return builder.fadd(a, b, flags=["contract"])
+
+
+def ahead(builder, address, *steps):
+    """An address, further by products of two numbers."""
+    for count, size in steps:
+        address = builder.add(address, builder.mul(count, size))
+    return address
+
+
+@intrinsic
+def add_product(typing, x, weight, tiles, sums):
+    """One row of x (K,) times a column of tiles, onto 16 sums, each in its own place of a vector."""
+
+    def emit(context, builder, signature, operands):
+        x, weight, tiles, sums = operands
+        total = cgutils.alloca_once_value(builder, loaded(builder, sums, FLOATS))
+        with cgutils.for_range(builder, tiles) as tile:
+            x_here, here = (ahead(builder, x, (tile.index, LONG(64))), ahead(builder, weight, (tile.index, LONG(1024))))
+            even = odd = ZEROS
+            for pair in range(WIDTH):
+                x_even, x_odd = halves(builder, everywhere(builder, builder.add(x_here, LONG(4 * pair))))
+                w_even, w_odd = halves(builder, loaded(builder, builder.add(here, LONG(64 * pair))))
+                even, odd = fused(builder, even, x_even, w_even), fused(builder, odd, x_odd, w_odd)
+            builder.store(in_order(builder, builder.load(total), in_order(builder, even, odd)), total)
+        builder.store(builder.load(total), builder.inttoptr(sums, FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), emit
+
+
+@intrinsic
+def look(typing, query, half, keys, row, count, scores):
+    """Products of a query with so many keys, that are rows of pairs: of its two halves, of `half` bytes each."""
+
+    def emit(context, builder, signature, operands):
+        query, half, keys, row, count, scores = operands
+
+        def some(first, n):
+            sums = [cgutils.alloca_once(builder, FLOATS) for _ in range(n)]
+            for total in sums:
+                builder.store(ZEROS, total)
+            with cgutils.for_range(builder, builder.udiv(half, LONG(64))) as part:
+                here = ahead(builder, query, (part.index, LONG(64)))
+                q0, q1 = loaded(builder, here, FLOATS), loaded(builder, builder.add(here, half), FLOATS)
+                for j, total in enumerate(sums):
+                    key = ahead(builder, keys, (builder.add(first, LONG(j)), row), (part.index, LONG(64)))
+                    k0, k1 = halves(builder, loaded(builder, key))
+                    builder.store(fused(builder, fused(builder, builder.load(total), q0, k0), q1, k1), total)
+            for j, total in enumerate(sums):
+                place = ahead(builder, scores, (builder.add(first, LONG(j)), LONG(4)))
+                score = sum_of(builder, builder.load(total))
+                builder.store(score, builder.inttoptr(place, FLOAT.as_pointer()), align=4)
+
+        by_fours(builder, count, some)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6), emit
+
+
+@intrinsic
+def gather(typing, weights, values, row, count, half, out):
+    """The sum of so many values, that are rows of pairs, each by its weight: two halves, of `half` bytes each."""
+
+    def emit(context, builder, signature, operands):
+        weights, values, row, count, half, out = operands
+        with cgutils.for_range(builder, builder.udiv(half, LONG(64))) as part:
+            sums = [cgutils.alloca_once(builder, FLOATS) for _ in range(4)]  # more than one addition is under way
+            for total in sums:
+                builder.store(ZEROS, total)
+            here = ahead(builder, values, (part.index, LONG(64)))
+
+            def some(first, n, here=here, sums=sums):
+                for j in range(n):
+                    at = builder.add(first, LONG(j))
+                    weight = everywhere(builder, ahead(builder, weights, (at, LONG(4))), FLOATS)
+                    pair = halves(builder, loaded(builder, ahead(builder, here, (at, row))))
+                    for value, total in zip(pair, sums[j % 2 :: 2], strict=True):
+                        builder.store(fused(builder, builder.load(total), weight, value), total)
+
+            by_fours(builder, count, some)
+            for i in range(2):
+                place = builder.add(ahead(builder, out, (part.index, LONG(64))), builder.mul(half, LONG(i)))
+                whole = in_order(builder, builder.load(sums[2 * i]), builder.load(sums[2 * i + 1]))
+                builder.store(whole, builder.inttoptr(place, FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6), emit
+
+
+def by_fours(builder, count, some):
+    """`some(first, n)` for four at a time, and for what is left over one by one."""
+    fours = builder.udiv(count, LONG(4))
+    with cgutils.for_range(builder, fours) as four:
+        some(builder.mul(four.index, LONG(4)), 4)
+    with cgutils.for_range(builder, builder.urem(count, LONG(4))) as one:
+        some(builder.add(builder.mul(fours, LONG(4)), one.index), 1)
+
+
+def sum_of(builder, vector):
+    """Of its 16 numbers, two by two."""
+    kind = ir.FunctionType(FLOAT, [FLOAT, FLOATS])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+    return builder.call(function, [ir.Constant(FLOAT, 0.0), vector], fastmath=["reassoc"])
