@@ -40,9 +40,9 @@ class Decoder:
         self.model, self.packed = model, packed
         D = up_to(config.n_embd // config.n_head, 2 * WIDTH)
         self.cache = KVCache(model, n_texts, size, torch.bfloat16, D) if packed else KVCache(model, n_texts, size)
-        self.units = True if self.packed and has_units() else None
-        self.positions = max(1, ROWS // n_texts) if self.packed else 1  # of each text, read at once
-        self.stack, self.head = weights_of(model, self.packed)
+        self.units = True if packed and has_units() else None
+        self.positions = min(max(1, ROWS // n_texts), self.cache.tokens.shape[1]) if packed else 1  # read at once
+        self.stack, self.head = weights_of(model, packed)
         self.form = Form(
             block.norm_1.eps,
             config.norm == "rmsnorm",
@@ -59,26 +59,29 @@ class Decoder:
     def made_room(self, n_texts: int) -> tuple[Room, Array]:
         """Room for as many new tokens as are read at once, and for the logits after them."""
         config, mlp, n = self.model.config, self.model.blocks[0].mlp, n_texts * self.positions
-        rows = up_to(n, SIDE if self.packed else TILE if n > 1 else 1)
+        size, D = self.cache.keys.shape[3:]
 
-        def room(width: int, factor: bool = False) -> Array | Packed:
-            if not self.packed:
-                return np.zeros((rows, width), np.float32)
-            if not factor:
-                return np.zeros((rows, up_to(width, SIDE)), np.float32)
-            # Some more, so that rows do not crowd in the same lines of a core's memory.
-            return np.zeros((rows, up_to(width, 2 * SIDE) + 2 * SIDE), np.uint16)
+        def sums(width: int, rows: int = n) -> Array:
+            if self.packed:
+                return np.zeros((up_to(rows, SIDE), up_to(width, SIDE)), np.float32)
+            return np.zeros((rows if rows == 1 else up_to(rows, TILE), width), np.float32)
 
-        return Room(
-            x=room(config.n_embd),
-            normed=room(config.n_embd, factor=True),
-            qkv=room(3 * config.n_embd),
-            said=room(config.n_embd, factor=True),
-            fc=room(mlp.fc.out_features),
-            active=room(mlp.proj.in_features, factor=True),
-            queries=np.zeros((n_texts, config.n_head, self.cache.keys.shape[4]), np.float32),
-            scores=np.zeros((n_texts, config.n_head, self.cache.keys.shape[3]), np.float32),
-        ), room(self.model.vocab_size)
+        def factors(width: int) -> Array | Packed:
+            if self.packed:  # some more, so that rows do not crowd in the same lines of a core's memory
+                return np.zeros((up_to(n, SIDE), up_to(width, 2 * SIDE) + 2 * SIDE), np.uint16)
+            return sums(width)
+
+        room = Room(
+            x=sums(config.n_embd),
+            normed=factors(config.n_embd),
+            qkv=sums(3 * config.n_embd),
+            said=factors(config.n_embd),
+            fc=sums(mlp.fc.out_features),
+            active=factors(mlp.proj.in_features),
+            queries=np.zeros((n_texts, config.n_head, D), np.float32),
+            scores=np.zeros((n_texts, config.n_head, size), np.float32),
+        )
+        return room, sums(self.model.vocab_size, rows=n_texts)
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class Form(NamedTuple):
 
 
 class Room(NamedTuple):
-    """Where the numbers of new tokens are kept on their way, a row each; wider and longer than here if products are."""
+    """Where the numbers of new tokens are kept on their way, a row each; in bfloat16 with room for whole tiles."""
 
     x: Array  # (rows, C), the stream
     normed: Array | Packed  # (rows, C)

@@ -30,10 +30,12 @@ SHAPES = bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[SIDE] * 8, *[0] * 8])  
 def has_units() -> bool:
     """Whether this CPU has tile units and lets this process use them: Linux has to be asked (its docs, x86/xstate)."""
     chosen = numba.config.CPU_NAME or numba.config.CPU_FEATURES  # another CPU than this, by the user
-    features = {name for name, has in get_host_cpu_features().items() if has}
-    if sys.platform != "linux" or chosen or not {"amx-tile", "amx-bf16"} <= features:
+    if sys.platform != "linux" or chosen:
         return False
+    features = {name for name, has in get_host_cpu_features().items() if has}
     arch_prctl, ask_permission, tile_data = 158, 0x1023, 18
+    if not {"amx-tile", "amx-bf16"} <= features:
+        return False
     return ctypes.CDLL(None).syscall(arch_prctl, ask_permission, tile_data) == 0
 
 
