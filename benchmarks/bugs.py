@@ -26,13 +26,14 @@ def main(arguments: list[str]) -> int:
     # Here, since the children look at this file, too, and must not have imported tinyllm.
     from planted import healthy
     from planted.bugs import BUGS
-    from planted.harness import BASE, run, run_bug
+    from planted.harness import BASE, compile_loops, run, run_bug
 
     started = time.monotonic()
     chosen = [bug for bug in BUGS if all(word in bug.name for word in words) and "--zoo" not in arguments]
     zoo = [item for item in healthy.RUNS if all(word in item.name for word in words) and "--bugs" not in arguments]
     with tempfile.TemporaryDirectory(prefix="tinyllm-bugs-") as name, ThreadPoolExecutor(PROCESSES) as pool:
         folder = Path(name)
+        compile_loops(folder / "loops")
         base = run((), BASE, (), folder / "base")
         if base.failed():
             print("the healthy base fails:", *(base.said(check) for check in base.failed()), sep="\n  ")

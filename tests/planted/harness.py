@@ -9,13 +9,15 @@ The processes are forked from a server that has imported torch but no tinyllm: i
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
 
-from planted.bug import Bug, Edit, plant
+from planted.bug import PACKAGE, Bug, Edit, plant
 from planted.child import child
 
 # What a check costs should be known, but a bug is not found by it: these two measure the machine.
@@ -81,6 +83,19 @@ class Outcome:
         if self.results:
             return "no such finding"
         return self.output.strip().replace("\n", " | ")[-400:]
+
+
+def compile_loops(folder: Path) -> None:
+    """Have the loops compiled where copies are made from: each then compiles only what its bug changes."""
+    folder.mkdir()
+    (folder / "run.toml").write_text(
+        toml(BASE | {"runtime.dtype": "bfloat16", "runtime.loops": "on"}), encoding="utf-8"
+    )
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from tinyllm.cli import main; main()"
+    command = [sys.executable, "-P", "-c", code, str(PACKAGE.parent), "sanity", "run.toml"]
+    for recipe in ("gpt2", "modern"):
+        wanted = ["--set", f"model.recipe={recipe}", "--only", "training loops,fast sampling"]
+        subprocess.run([*command, *wanted], cwd=folder, check=True, capture_output=True)
 
 
 def first_finding(bug: Bug, outcome: Outcome) -> str:
