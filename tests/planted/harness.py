@@ -88,9 +88,8 @@ class Outcome:
 def compile_loops(folder: Path) -> None:
     """Have the loops compiled where copies are made from: each then compiles only what its bug changes."""
     folder.mkdir()
-    (folder / "run.toml").write_text(
-        toml(BASE | {"runtime.dtype": "bfloat16", "runtime.loops": "on"}), encoding="utf-8"
-    )
+    settings = BASE | {"runtime.dtype": "bfloat16", "runtime.loops": "on"}
+    (folder / "run.toml").write_text(toml(settings), encoding="utf-8")
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from tinyllm.cli import main; main()"
     command = [sys.executable, "-P", "-c", code, str(PACKAGE.parent), "sanity", "run.toml"]
     for recipe in ("gpt2", "modern"):
