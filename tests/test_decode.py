@@ -129,7 +129,7 @@ def test_long_texts_go_through_the_loops_and_are_the_same(monkeypatch):
     short = texts(generate.WORTH_LOADING - 1)
     assert not seen
     assert long[:-1] == short
-    monkeypatch.setattr(decode, "is_quick", lambda: False)
+    monkeypatch.setattr(generate, "loops_start_quickly", lambda: False)
     assert texts(generate.WORTH_LOADING) == long
     assert not seen
 
@@ -146,7 +146,7 @@ def test_in_bfloat16_short_texts_go_through_the_loops_and_begin_long_ones(monkey
     long = texts(150, 5)
     assert [text[:20] for text in long] == texts(20, 5)
     assert texts(150, 1) == long[:1]
-    monkeypatch.setattr(decode, "is_quick", lambda: False)
+    monkeypatch.setattr(generate, "loops_start_quickly", lambda: False)
     assert len(texts(20, 5)[0]) == 20  # by the model, where there are no loops
 
 
@@ -187,7 +187,7 @@ def test_what_the_loops_are_for():
 
 def test_threads_that_start_slowly_are_not_used():
     """Numba's last resort where there is no OpenMP: each loop would take longer to start than to run."""
-    code = "from tinyllm.decode import is_quick; print(is_quick())"
+    code = "from tinyllm.fast import loops_start_quickly; print(loops_start_quickly())"
     for layer, expected in (("workqueue", "False"), ("omp", "True")):
         environment = os.environ | {"NUMBA_THREADING_LAYER": layer}
         done = subprocess.run(
@@ -196,6 +196,20 @@ def test_threads_that_start_slowly_are_not_used():
         if layer == "omp" and "No threading layer could be loaded" in done.stderr:
             pytest.skip("no OpenMP here")
         assert done.stdout.strip() == expected, done.stderr
+
+
+def test_torch_keeps_its_number_of_threads():
+    """For numba tells OpenMP another, and who sums in another number of parts gets other bits."""
+    code = (
+        "import torch\n"
+        "from test_generate import make_model, sample\n"
+        "torch.set_num_threads(1)\n"
+        "sample(make_model(), [1], max_new_tokens=150)\n"
+        "print(torch.get_num_threads())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
 
 
 # ---- Functions of one number ----

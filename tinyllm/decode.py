@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinyllm import kernels
 from tinyllm.fast import EPS
 from tinyllm.kernels import NONE, sampling
 from tinyllm.kernels.sampling import ACTIVATIONS, TILE, Array, Form, Packed, Room, Stack
@@ -22,11 +21,6 @@ from tinyllm.kernels.vectors import WIDTH
 from tinyllm.model import GPT, KVCache
 
 ROWS = 512  # new tokens, of all texts, that are read at once
-
-
-def is_quick() -> bool:
-    """Whether the loops are quicker than torch here."""
-    return kernels.threads_start_quickly(torch.get_num_threads())
 
 
 class Decoder:

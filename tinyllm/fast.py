@@ -35,6 +35,16 @@ EPS = torch.finfo(torch.float32).eps  # which is torch.rms_norm's in float32
 IN_LOOPS = ContextVar("in_loops", default=False)
 
 
+def loops_start_quickly() -> bool:
+    """Have compiled loops shared out among torch's threads; False where they would wait for these."""
+    from tinyllm.kernels import threads_start_quickly  # which takes a fifth of a second
+
+    threads = torch.get_num_threads()
+    quickly = threads_start_quickly(threads)
+    torch.set_num_threads(threads)  # numba has told OpenMP of as many as cores: torch, too, where that is the same one
+    return quickly
+
+
 @contextmanager
 def in_loops(wanted: bool) -> Iterator[None]:
     """Have what is computed in here done by compiled loops where there are some, as autocast has it done in 16 bits."""

@@ -23,6 +23,7 @@ from tinyllm import tokenizer as tok
 from tinyllm.checkpoint import Checkpoint, check_sizes, load_weights, run_config
 from tinyllm.config import RunConfig
 from tinyllm.errors import CheckpointError, TokenizerError
+from tinyllm.fast import loops_start_quickly
 from tinyllm.model import GPT, KVCache
 from tinyllm.runtime import choose_device
 
@@ -123,9 +124,9 @@ def fast_decoder(model: GPT, n_samples: int, size: int, n_tokens: int) -> "Decod
     packed = in_bfloat16(model)
     if n_tokens < WORTH_LOADING and not packed:
         return None
-    from tinyllm import decode
+    from tinyllm.decode import Decoder  # which takes a fifth of a second
 
-    return decode.Decoder(model, n_samples, size, packed) if decode.is_quick() else None
+    return Decoder(model, n_samples, size, packed) if loops_start_quickly() else None
 
 
 def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:

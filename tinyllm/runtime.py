@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tinyllm.config import RuntimeConfig
 from tinyllm.data import mixed
 from tinyllm.errors import RunError
-from tinyllm.fast import in_loops
+from tinyllm.fast import in_loops, loops_start_quickly
 from tinyllm.process import usable_cores
 
 WORTH_LOOPS = 2e13  # FLOPs: a minute of two cores with matrix units
@@ -139,9 +139,7 @@ def choose_loops(config: RuntimeConfig, device: torch.device, dtype: torch.dtype
     wanted = flops > WORTH_LOOPS if config.loops == "auto" else config.loops == "on"
     if not wanted or device.type != "cpu" or dtype != torch.bfloat16 or config.compile:
         return False
-    from tinyllm.kernels import threads_start_quickly  # which takes a fifth of a second
-
-    return threads_start_quickly(torch.get_num_threads())
+    return loops_start_quickly()
 
 
 def bfloat16_speedup() -> float:
