@@ -1,6 +1,6 @@
 """Plants every bug and runs every healthy combination: what `tinyllm sanity` finds, misses, and wrongly suspects.
 
-    just bugs                         # all of it: twenty minutes on two cores
+    just bugs                         # all of it: twelve minutes on two cores
     python benchmarks/bugs.py mask    # only what has `mask` in its name
     python benchmarks/bugs.py --first # three minutes: for each bug no check beyond the one that should find it
     python benchmarks/bugs.py --zoo   # the healthy runs alone; --bugs: the bugs alone
