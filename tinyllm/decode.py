@@ -34,6 +34,7 @@ class Decoder:
         self.model, self.packed = model, packed
         D = up_to(config.n_embd // config.n_head, 2 * WIDTH)
         self.cache = KVCache(model, n_texts, size, torch.bfloat16, D) if packed else KVCache(model, n_texts, size)
+        self.past = bits(self.cache.keys), bits(self.cache.values)
         self.units = True if packed and has_units() else None
         self.positions = min(max(1, ROWS // n_texts), self.cache.tokens.shape[1]) if packed else 1  # read at once
         self.stack, self.head = weights_of(model, packed)
@@ -99,8 +100,7 @@ class Decoder:
             embedded = self.model.embed(tokens, self.cache).numpy()
         self.room.x[: B * T, :C] = embedded.reshape(B * T, C)
         cos, sin = (table[at : at + T] for table in self.rope) if self.rope else (NONE[None], NONE[None])
-        past = bits(self.cache.keys), bits(self.cache.values)
-        sampling.say(B * T, self.room, self.stack, *past, at, cos, sin, self.form, self.units)
+        sampling.say(B * T, self.room, self.stack, *self.past, at, cos, sin, self.form, self.units)
         self.cache.length += T
 
     @staticmethod

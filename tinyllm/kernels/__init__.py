@@ -3,6 +3,7 @@
     training.py     for loops.py: what stands between the products of a step
     sampling.py     for decode.py: a token's way through the blocks
     tiles.py        its products with bfloat16 weights
+    vectors.py      what these and its attention need vectors of a fixed width for
 
 Here is what they share. The loops know arrays and numbers only. Functions of one number are written without branches
 and without calls of a C library, so that the loop around them is done eight or sixteen numbers at a time.
