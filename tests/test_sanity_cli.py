@@ -1,7 +1,7 @@
 """`tinyllm sanity` and the checks before `tinyllm train`, as a user and as a program meet them.
 
-The checks here are made up: what the real ones find is for other tests. In-process where that is enough, else in
-processes of their own that have the same checks.
+The checks here are made up, all but one: what the real ones find is for other tests. In-process where that is enough,
+else in processes of their own that have the same checks.
 """
 
 import json
@@ -479,3 +479,11 @@ def test_the_live_line_keeps_out_of_a_file(script, home):
     out = (home / "out.txt").read_text(encoding="utf-8")
     assert "\x1b" not in out
     assert shown(out) == ["token ids", "documents", "loss function", "slow"]
+
+
+def test_a_wait_for_loops_to_be_compiled_is_told(home):
+    command = [sys.executable, "-m", "tinyllm", "sanity", "--only", "fast sampling"]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(home / "loops")}
+    told = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+    assert ["compiling its loops" in process.stderr for process in told] == [True, False]
+    assert [process.stdout.count("✓ fast sampling") for process in told] == [1, 1]

@@ -191,7 +191,8 @@ def sanity(
     show = ui_sanity.follow_sanity if json_ else ui_sanity.show_sanity
     with redirect_stdout(sys.stderr) if json_ else nullcontext():  # a model of the user's own may print
         prepare_if_missing(settings)
-        run, when, started = opened(settings), datetime.now().astimezone(), time.monotonic()
+        run = opened(settings, in_loops=any(not check.quick for check in checks))
+        when, started = datetime.now().astimezone(), time.monotonic()
         results = tuple(show(checks, sanity(run, checks)))
     report = Report(str(path), run, checks, results, quick, time.monotonic() - started, when)
     if out is not None:
@@ -425,13 +426,13 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise ConfigError(f"the prompt cannot be read: {error.strerror}", where=where) from None
 
 
-def opened(settings: "RunConfig", *, to_train: bool = False) -> "Run":
-    """The run, opened; where it goes by compiled loops, that they are compiled will be told."""
+def opened(settings: "RunConfig", *, to_train: bool = False, in_loops: bool = False) -> "Run":
+    """The run, opened; where it goes by compiled loops, or what is done with it does, a wait for them will be told."""
     with importing():
         from tinyllm.engine import open_run
 
     run = open_run(settings, to_train=to_train)
-    if run.runtime.loops:
+    if run.runtime.loops or in_loops:
         note_compiling()
     return run
 
