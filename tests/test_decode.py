@@ -267,6 +267,32 @@ def test_compiling_is_told_of_once_and_then_remembered(tmp_path):
     assert said == ["compiling\n150\n", "150\n"]
 
 
+def test_machine_code_for_other_types_is_not_taken(tmp_path):
+    """Two processes that compile at once can write one file: here each of two files has what is the other's."""
+    code = (
+        "import numpy as np\n"
+        "from tinyllm.kernels import NONE, sampling\n"
+        "x, weight = np.arange(8, dtype=np.float32)[None], np.ones(8, np.float32)\n"
+        "for kind in (np.float32, np.uint16):\n"
+        "    out = np.zeros((1, 8), kind)\n"
+        "    sampling.norm(1, x, weight, NONE, 1e-5, False, out)\n"
+        "    print(out.tolist())\n"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def said():
+        found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        return found.returncode, found.stdout
+
+    before = said()
+    one, two = sorted(tmp_path.rglob("sampling.norm-*.nbc"))
+    one.rename(tmp_path / "aside")
+    two.rename(one)
+    (tmp_path / "aside").rename(two)
+    assert before[0] == 0
+    assert said() == before
+
+
 def test_machine_code_is_made_again_when_any_of_its_files_changes(tmp_path):
     """Numba looks at the file of a loop only, and not at those that it takes functions from."""
     shutil.copytree(Path(kernels.__file__).parents[1], tmp_path / "tinyllm")

@@ -489,6 +489,12 @@ BUGS = [
         set=BFLOAT16,
     ),
     bug(
+        "the loops draw the token before",
+        "off by one in the search for where a draw falls",
+        "fast sampling",
+        ("kernels/sampling.py", "                out[b] = v\n", "                out[b] = max(v - 1, 0)\n"),
+    ),
+    bug(
         "the first position's logits",
         "[:, 0] for [:, -1]",
         "generation",

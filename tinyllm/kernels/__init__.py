@@ -20,6 +20,7 @@ import numpy as np
 from numba import prange, types
 from numba.core import event
 from numba.core.caching import FunctionCache
+from numba.core.sigutils import normalize_signature
 from numba.extending import overload
 
 # Sums may be taken in any order, products and sums at once; nan and infinity stay what they are.
@@ -32,7 +33,9 @@ NONE = np.zeros(0, dtype=np.float32)  # stands for an array that there is not
 class Kept(FunctionCache):
     """Machine code in files: a full disk, or a damaged file, costs the time to compile again, and not the run.
 
-    It is true as long as no file of this folder changes: numba itself looks only at that of the loop.
+    It is true as long as no file of this folder changes: numba itself looks only at that of the loop. And it is looked
+    at whether it is for the types that are asked for: where two processes compile at once, for different types, numba
+    can give both files one name.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -46,11 +49,12 @@ class Kept(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
         except Exception:  # a damaged pickle can raise anything
             with suppress(OSError):
                 self.flush()
             return None
+        return found if found and found.signature.args == normalize_signature(sig)[0] else None
 
 
 def compiled(function: Callable[..., Any], parallel: bool = False) -> Callable[..., Any]:

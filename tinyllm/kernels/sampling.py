@@ -29,7 +29,7 @@ from tinyllm.kernels import (
     silu,
     tiles,
 )
-from tinyllm.kernels.vectors import gather, look
+from tinyllm.kernels.vectors import gather, look, pair
 
 TILE = 4  # rows of weights by rows of texts: sixteen sums, as many as fit in the registers
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "swiglu")
@@ -191,12 +191,14 @@ def attend(rows, room, keys, values, at, form, cos, sin):
     """
     B, H = keys.shape[:2]
     T, D, qkv, qk_eps, out = rows // B, form.head_size, room.qkv, form.qk_eps, room.said
-    for pair in prange(B * H):
-        b, h = pair // H, pair % H
+    for i in prange(B * H):
+        b, h = i // H, i % H
         for t in range(T):
-            row = b * T + t
-            heads = qkv[row, : 3 * H * D].reshape((3 * H, D))
-            q, k, v = heads[h], heads[H + h], heads[2 * H + h]
+            row, first = b * T + t, h * D
+            q = qkv[row, first : first + D]
+            k = qkv[row, first + H * D : first + H * D + D]
+            v = qkv[row, first + 2 * H * D : first + 2 * H * D + D]
+            said = out[row, first : first + D]
             for x in (q, k):
                 if qk_eps:
                     normalize(x, qk_eps)
@@ -204,7 +206,7 @@ def attend(rows, room, keys, values, at, form, cos, sin):
                     rotate(x, cos[t], sin[t])
             ask(q, k, v, keys[b, h], values[b, h], at + t, room.queries[b, h], room.scores[b, h])
             for d in range(D):
-                out[row, h * D + d] = fit(q[d], out)
+                said[d] = fit(q[d], out)
 
 
 def ask(q, k, v, keys, values, at, query, weights):
@@ -236,33 +238,58 @@ def ask_floats(q, k, v, keys, values, at, weights):
 def ask_pairs(q, k, v, keys, values, at, query, weights):
     """With pairs of a number from the first half of a key or value, and one from the second; both filled with zeros."""
     D, half, row = q.size, query.size // 2, query.size * keys.itemsize
-    middle = D - D // 2
-    for d in range(middle):
-        query[d], keys[at, 2 * d], values[at, 2 * d] = q[d], narrow(k[d]), narrow(v[d])
-    for d in range(middle, D):
-        e = d - middle
-        query[half + e], keys[at, 2 * e + 1], values[at, 2 * e + 1] = q[d], narrow(k[d]), narrow(v[d])
-    place = query.ctypes.data
-    look(place, half * query.itemsize, keys.ctypes.data, row, at + 1, weights.ctypes.data)
+    size, whole = half * query.itemsize, query.size == D
+    if whole:
+        place = q.ctypes.data
+        pair(k.ctypes.data, size, keys[at].ctypes.data)
+        pair(v.ctypes.data, size, values[at].ctypes.data)
+    else:
+        place = query.ctypes.data
+        spread(q, k, v, query, keys[at], values[at])
+    look(place, size, keys.ctypes.data, row, at + 1, weights.ctypes.data)
     softmax(weights[: at + 1], D)
-    gather(weights.ctypes.data, values.ctypes.data, row, at + 1, half * query.itemsize, place)
+    gather(weights.ctypes.data, values.ctypes.data, row, at + 1, size, place)
+    if not whole:
+        middle = D - D // 2
+        for d in range(D):
+            q[d] = query[d if d < middle else half + d - middle]
+
+
+@inlined
+def spread(q, k, v, query, key, value):
+    """Where numbers do not fill whole vectors: a query (D,) in two halves, a key and a value in pairs."""
+    half, middle = query.size // 2, q.size - q.size // 2
     for d in range(middle):
-        q[d] = query[d]
-    for d in range(middle, D):
-        q[d] = query[half + d - middle]
+        query[d], key[2 * d], value[2 * d] = q[d], narrow(k[d]), narrow(v[d])
+    for d in range(middle, q.size):
+        e = d - middle
+        query[half + e], key[2 * e + 1], value[2 * e + 1] = q[d], narrow(k[d]), narrow(v[d])
 
 
 @inlined
 def softmax(x, D):
     """Of x / sqrt(D), in place."""
-    scale, largest, total = ONE / np.sqrt(f32(D)), f32(-np.inf), ZERO
-    for t in range(x.size):
-        largest = max(largest, x[t])
+    scale, largest, total = ONE / np.sqrt(f32(D)), largest_of(x), ZERO
     for t in range(x.size):
         x[t] = exp((x[t] - largest) * scale)
         total += x[t]
     for t in range(x.size):
         x[t] /= total
+
+
+@inlined
+def largest_of(x):
+    """The largest of float32 numbers (N,), N > 0, found among their bits: integers have a quick max."""
+    order = np.int32(-(2**31))
+    for i in range(x.size):
+        order = max(order, in_order(f32(x[i]).view(np.int32)))
+    return np.int32(in_order(order)).view(np.float32)
+
+
+@inlined
+def in_order(bits):
+    """The bits of a float32 as a number of the same order, and back."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
 @inlined
@@ -309,10 +336,7 @@ def draw(logits, temperature, draws, out):
     B, V = logits.shape
     for b in range(B):
         row = logits[b]
-        order = np.int32(-(2**31))
-        for v in range(V):
-            order = max(order, in_order_32(f32(row[v]).view(np.int32)))
-        largest = np.float64(np.int32(in_order_32(order)).view(np.float32))
+        largest = np.float64(largest_of(row))
         total, per_temperature = 0.0, min(1.0 / temperature, 1e300)
         for v in range(V):
             total += share(row[v] - largest, per_temperature)
@@ -330,9 +354,3 @@ def share(difference, per_temperature):
     scaled = f32(difference * per_temperature)
     term = exp(scaled)
     return term if scaled > -LIMIT else ZERO
-
-
-@inlined
-def in_order_32(bits):
-    """The bits of a float32 as a number of the same order, and back."""
-    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))

@@ -21,6 +21,8 @@ from tinyllm.sanity.instruments import called, logits_of, variant
 from tinyllm.sanity.result import Result, failed, listed, passed, skipped
 from tinyllm.sanity.subject import Subject
 
+DRAWS = 100  # of tokens, all over [0, 1)
+
 
 def steps(run: Run, state: TrainState, subject: Subject, count: int) -> TrainState:
     """Take real steps on the real batches of their numbers, cut to the length of the subject's batch."""
@@ -273,10 +275,10 @@ def fast_sampling(subject: Subject) -> Result:
     """The compiled loops, through which a long text goes, give the logits of the whole text read at once.
 
     With the weights of a run in bfloat16 they round what its evaluation rounds, and not more; and a text is the same,
-    to the last bit, for any number of them.
+    to the last bit, for any number of them. From the same logits they draw the tokens that NumPy draws.
     """
     model, tokens, runtime = copy.deepcopy(subject.woken), subject.tensor(subject.batch[0][:3]), subject.run.runtime
-    if logits_decoded(model, tokens) is None:
+    if (decoded := logits_decoded(model, tokens)) is None:
         return skipped("the compiled loops are for the built-in model, on a CPU")
     expected = "those of the whole text, within 0.1% of their spread"
     wrong, error = decoded_wrongly(model, tokens, 1e-3)
@@ -289,6 +291,7 @@ def fast_sampling(subject: Subject) -> Result:
         wrong, error = decoded_wrongly(model, tokens, 1e-3 + 2 * float((evaluated - whole).abs().amax() / whole.std()))
         if not wrong and not torch.equal(logits_decoded(model, tokens[1:2]), logits_decoded(model, tokens)[1:2]):
             wrong = "what a text says depends on how many are written with it"
+    wrong = wrong or drawn_wrongly(decoded[0, -1])
     measured = f"logits of {len(tokens)} texts, off by {error:.1g} of their spread"
     return failed(measured, expected, wrong, "look at decode.py and kernels/") if wrong else passed(measured, expected)
 
@@ -304,6 +307,16 @@ def decoded_wrongly(model: nn.Module, tokens: Tensor, allowed: float) -> tuple[s
     first = start + int(wrong[0])
     what = f"long texts are sampled from other logits than the model's, from position {first} on"
     return f"{what} (off by {float(error.max()):.2g}, not {allowed:.1g})", float(error.max())
+
+
+def drawn_wrongly(logits: Tensor) -> str:
+    """What is wrong with the tokens that the loops draw from logits (V,), in words; a few may differ by rounding."""
+    from tinyllm.decode import Decoder  # which takes a fifth of a second
+
+    rows, draws = logits.repeat(DRAWS, 1), torch.arange(DRAWS, dtype=torch.float64) / DRAWS
+    sampling = Sampling()
+    others = int((Decoder.draw(rows, sampling.temperature, draws) != choose(rows, sampling, draws)).sum())
+    return f"of {DRAWS} tokens drawn from the same logits {others} are not NumPy's" if others > DRAWS / 20 else ""
 
 
 def logits_decoded(model: nn.Module, tokens: Tensor) -> Tensor | None:
