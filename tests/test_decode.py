@@ -1,10 +1,8 @@
 """The compiled loops of sampling against the model they stand for, which runs through torch."""
 
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numba
 import numpy as np
@@ -250,99 +248,6 @@ def test_exp_at_its_ends(x, expected):
     out = np.zeros(1, np.float32)
     over(np.array([x], np.float32), 0, out)
     assert np.isnan(out[0]) if np.isnan(expected) else out[0] == pytest.approx(expected, rel=1, abs=1e-20)
-
-
-def test_compiling_is_told_of_once_and_then_remembered(tmp_path):
-    code = (
-        "from test_generate import make_model, sample\n"
-        "from tinyllm import kernels\n"
-        "kernels.before_compiling(lambda: print('compiling'))\n"
-        "print(len(sample(make_model(), [1], max_new_tokens=150)[0]))\n"
-    )
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.path.dirname(__file__)}
-    said = [
-        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    ]
-    assert said == ["compiling\n150\n", "150\n"]
-
-
-def test_machine_code_for_other_types_is_not_taken(tmp_path):
-    """Two processes that compile at once can write one file: here each of two files has what is the other's."""
-    code = (
-        "import numpy as np\n"
-        "from tinyllm.kernels import NONE, sampling\n"
-        "x, weight = np.arange(8, dtype=np.float32)[None], np.ones(8, np.float32)\n"
-        "for kind in (np.float32, np.uint16):\n"
-        "    out = np.zeros((1, 8), kind)\n"
-        "    sampling.norm(1, x, weight, NONE, 1e-5, False, out)\n"
-        "    print(out.tolist())\n"
-    )
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-
-    def said():
-        found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        return found.returncode, found.stdout
-
-    before = said()
-    one, two = sorted(tmp_path.rglob("sampling.norm-*.nbc"))
-    one.rename(tmp_path / "aside")
-    two.rename(one)
-    (tmp_path / "aside").rename(two)
-    assert before[0] == 0
-    assert said() == before
-
-
-def test_machine_code_is_made_again_when_any_of_its_files_changes(tmp_path):
-    """Numba looks at the file of a loop only, and not at those that it takes functions from."""
-    shutil.copytree(Path(kernels.__file__).parents[1], tmp_path / "tinyllm")
-    code = (
-        "import numpy as np\n"
-        "from tinyllm.kernels import sampling\n"
-        "out = np.zeros((1, 1), np.float32)\n"
-        "sampling.activate(1, np.ones((1, 1), np.float32), 1, 0, out)\n"
-        "print(out[0, 0])\n"
-    )
-
-    def run():
-        command = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-    assert run() == pytest.approx(0.8413, abs=1e-4)
-    shared = tmp_path / "tinyllm" / "kernels" / "__init__.py"
-    text = shared.read_text(encoding="utf-8")
-    assert text.count("return x * (tail if") == 1
-    shared.write_text(text.replace("return x * (tail if", "return x + (tail if"), encoding="utf-8")
-    assert run() == pytest.approx(1.8413, abs=1e-4)
-
-
-def test_machine_code_that_cannot_be_kept_or_is_damaged_is_compiled_again(tmp_path):
-    """A folder that takes no more than a few bytes; then files that are cut, of each of which some part is missing."""
-    code = (
-        "import sys, resource\n"
-        "if sys.argv[1:]:\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"  # as a full disk: a write fails, and is an OSError
-        "    import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from test_generate import make_model, sample\n"
-        "print(len(sample(make_model(), [1], max_new_tokens=150)[0]))\n"
-    )
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.path.dirname(__file__)}
-
-    def run(*arguments):
-        command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert (done.stdout, done.returncode) == ("150\n", 0), done.stderr
-
-    pytest.importorskip("resource")
-    run("full")
-    run()
-    for ending in ("nbc", "nbi"):
-        files = list(tmp_path.rglob(f"*.{ending}"))
-        assert len(files) > 3
-        for file in files:
-            os.truncate(file, 20)
-        run()
-    assert all(file.stat().st_size > 20 for file in tmp_path.rglob("*.nb?"))
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 0.05, 0.8, 1.0, 30.0])

@@ -20,6 +20,8 @@ import numpy as np
 from numba import prange, types
 from numba.core import event
 from numba.core.caching import FunctionCache
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.core.sigutils import normalize_signature
 from numba.extending import overload
 
@@ -57,17 +59,42 @@ class Kept(FunctionCache):
         return found if found and found.signature.args == normalize_signature(sig)[0] else None
 
 
+class SameInAll(Compiler):
+    """Makes machine code that does the same where it has just been made and where it comes from a file.
+
+    numba compiles what is in a `prange` by itself, and once more with the loop, where it is optimized twice, so that
+    sums are taken in another order: other bits. Both go by one name. A process that compiles has both, and calls the
+    first; one that loads the loop has the second alone.
+    """
+
+    def define_pipelines(self) -> Any:
+        code = OnItsOwn(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        code.enable_object_caching()
+        self.state.library = code
+        return super().define_pipelines()
+
+
+class OnItsOwn(JITCodeLibrary):
+    """Machine code that takes nothing from elsewhere of what it has itself."""
+
+    def _finalize_final_module(self) -> None:
+        for function in self._final_module.functions:
+            if function.linkage.name in ("linkonce_odr", "weak_odr"):  # the first of a name in the process is taken
+                function.linkage = "internal"
+        super()._finalize_final_module()
+
+
 def compiled(function: Callable[..., Any], parallel: bool = False) -> Callable[..., Any]:
     """A loop, compiled when it is first called, which is kept for all later processes if there is a place for it."""
-    loop = inlined(function, parallel=parallel)
+    loop = inlined(function, parallel=parallel, pipeline_class=SameInAll)
     with suppress(RuntimeError):  # no folder that could be written to
         loop._cache = Kept(function)  # where numba's own `cache=True` puts what Kept is made of
     return loop
 
 
-def inlined(function: Callable[..., Any], parallel: bool = False) -> Callable[..., Any]:
+def inlined(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """A part of loops, which they are compiled with."""
-    return numba.njit(fastmath=FAST, error_model="numpy", parallel=parallel)(function)
+    return numba.njit(fastmath=FAST, error_model="numpy", **options)(function)
 
 
 def parallel(function: Callable[..., Any]) -> Callable[..., Any]:
