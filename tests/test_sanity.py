@@ -114,7 +114,7 @@ def test_steps_that_break_down_after_all_weights_have_moved_are_found(make_run):
         (["optim.lr=1e-6", "optim.min_lr=0.0"], "peak rate", "fail", "1.0e-06"),
         (["model.block_size=2048", "train.batch_size=1"], "split sizes", "warn", "validation windows"),
         (["model.vocab_size=400"], "vocabulary", "warn", "of 400 ids"),
-        (["optim.weight_decay=10.0", "optim.eps=1e-3"], "settings", "warn", "2 unusual"),
+        (["optim.weight_decay=10.0", "optim.eps=1e-3"], "settings", "warn", "= 0.001, 1e-8 is usual"),
     ],
 )
 def test_config_and_data_alone(make_run, overrides, name, verdict, measured):

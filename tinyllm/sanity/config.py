@@ -154,6 +154,5 @@ def settings(subject: Subject) -> Result:
     }
     found = [words for words, true in unusual.items() if true]
     if found:
-        diagnosis = "; ".join(found)
-        return warned(f"{len(found)} unusual", "usual values", diagnosis, "look at each: a typo, or meant so?")
+        return warned("; ".join(found), "usual values", "it is allowed, and hardly ever wanted", "a typo, or meant so?")
     return passed("decay, eps, betas, clipping, dropout, batch and heads are as usual", "usual values")
