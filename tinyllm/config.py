@@ -163,7 +163,9 @@ class RuntimeConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the forward pass (autocast); weights stay float32; auto: bfloat16 where it is faster"
     )
-    compile: bool = Field(False, description="torch.compile, with a fallback to eager when it fails")
+    compile: bool = Field(
+        False, description="torch.compile, with a fallback to eager when it fails; for GPUs: on a CPU steps got slower"
+    )
     loops: Literal["auto", "on", "off"] = Field(
         "auto",
         description="compiled loops in place of torch's operations: for bfloat16 on a CPU; auto: in long runs",
