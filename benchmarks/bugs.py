@@ -1,6 +1,6 @@
 """Plants every bug and runs every healthy combination: what `tinyllm sanity` finds, misses, and wrongly suspects.
 
-    just bugs                         # all of it: twelve minutes on two cores
+    just bugs                         # all of it: a quarter of an hour on two cores
     python benchmarks/bugs.py mask    # only what has `mask` in its name
     python benchmarks/bugs.py --first # three minutes: for each bug no check beyond the one that should find it
     python benchmarks/bugs.py --zoo   # the healthy runs alone; --bugs: the bugs alone
@@ -9,6 +9,7 @@ Prints a row for each bug: the checks that fired, in their order; [the expected]
 not diagnosed rightly first and nothing is known that excuses it (MISS), or if a check fails on a healthy run.
 """
 
+import argparse
 import sys
 import tempfile
 import time
@@ -22,15 +23,23 @@ PROCESSES = 2
 
 
 def main(arguments: list[str]) -> int:
-    words = [word for word in arguments if not word.startswith("--")]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="all of which a name has")
+    parser.add_argument("--first", action="store_true")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--zoo", action="store_true")
+    kinds.add_argument("--bugs", action="store_true")
+    asked = parser.parse_args(arguments)
     # Here, since the children look at this file, too, and must not have imported tinyllm.
     from planted import healthy
     from planted.bugs import BUGS
     from planted.harness import BASE, compile_loops, run, run_bug
 
     started = time.monotonic()
-    chosen = [bug for bug in BUGS if all(word in bug.name for word in words) and "--zoo" not in arguments]
-    zoo = [item for item in healthy.RUNS if all(word in item.name for word in words) and "--bugs" not in arguments]
+    chosen, zoo = (
+        [item for item in items if all(word in item.name for word in asked.words)] * (not left_out)
+        for items, left_out in ((BUGS, asked.zoo), (healthy.RUNS, asked.bugs))
+    )
     with tempfile.TemporaryDirectory(prefix="tinyllm-bugs-") as name, ThreadPoolExecutor(PROCESSES) as pool:
         folder = Path(name)
         compile_loops(folder / "loops")
@@ -40,11 +49,9 @@ def main(arguments: list[str]) -> int:
             return 1
         print(f"base: {len(base.results)} checks in {base.seconds:.0f} s\n", flush=True)
 
-        whole = "--first" not in arguments
-
         def plant_one(numbered):
             number, bug = numbered
-            return run_bug(bug, folder / f"bug-{number}", folder / "base" / "data", whole=whole)
+            return run_bug(bug, folder / f"bug-{number}", folder / "base" / "data", whole=not asked.first)
 
         missed = show_bugs(chosen, pool.map(plant_one, enumerate(chosen)))
         alarms = show_zoo(zoo, pool.map(lambda item: healthy.run_healthy(item, folder / "zoo"), zoo))
