@@ -96,7 +96,7 @@ def test_torch_s_products_are_right_after_those_in_tiles():
 @pytest.mark.parametrize("name", ["CPU_NAME", "CPU_FEATURES"])
 def test_another_cpu_s_machine_code_has_no_tile_units(name, monkeypatch):
     monkeypatch.setattr(numba.config, name, "generic")
-    assert not tiles.has_units()
+    assert not tiles.has_units.__wrapped__()
 
 
 def test_a_model_of_an_everyday_size():

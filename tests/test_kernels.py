@@ -31,11 +31,14 @@ from tinyllm.model import rope_tables
 kernels.before_compiling(lambda: print("compiling"))
 torch.manual_seed(0)
 x, rope, weight = half(2, 200, 3 * 64), rope_tables(200, 16), drawn(3 * 64, seed=1).float()
+fc, proj = torch.nn.Linear(3 * 64, 128), torch.nn.Linear(128, 3 * 64)
 made = [
-    slopes(lambda x, w: loops.norm(x, w, None, 1e-6, True), x, weight),
-    slopes(lambda x, w: loops.norm(x, w, w, 1e-6, False), x, weight),
-    slopes(lambda x: loops.add_dropout(x, loops.pointwise(x, "gelu"), 0.3), x),
+    slopes(lambda x, w: loops.norm(x, w, None, 1e-6, True)[0], x, weight),
+    slopes(lambda x, w: loops.norm(x, w, w, 1e-6, False)[0], x, weight),
+    slopes(lambda x: loops.add_dropout(x, loops.mlp(x, fc, proj, "gelu"), 0.3), x),
     slopes(lambda x: loops.attend(x, 4, 1e-6, rope, 0.1), x),
+    slopes(lambda x: loops.attend(x, 2, 1e-6, rope_tables(96, 32), 0.0), half(2, 96, 3 * 64)),
+    slopes(lambda x, w: loops.linear(x, w, None), half(2, 320, 64), drawn(96, 64, seed=1).float()),
 ]
 model = make_model(**EVERYDAY).eval()
 as_multiplied(model)

@@ -11,6 +11,7 @@ from test_fast import drawn
 from tinyllm import fast, kernels, loops
 from tinyllm.config import check
 from tinyllm.fast import in_loops
+from tinyllm.kernels import tiles
 from tinyllm.model import GPT, init_weights, rope_tables, rotate
 
 BF16 = torch.bfloat16
@@ -57,18 +58,55 @@ def test_numbers_are_rounded_as_torch_rounds_them():
 
 
 @pytest.mark.parametrize("name", loops.POINTWISE)
-def test_pointwise_functions_are_those_of_torch_to_the_bit(name):
+def test_activations_are_those_of_torch_to_the_bit(name):
+    """In a network of one number between layers that do nothing, and so is their slope."""
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(BF16)
-    x = every[every.abs() < 1e12]  # whose cubes have a tanh, in float32
-    up = half(len(x))
+    x = every[(every == 0) | (every.abs() > 1e-18) & (every.abs() < 1e12)][:, None]  # squares and cubes are in float32
+    up, one = half(len(x), 1), torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(one.weight)
     own, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, right = loops.pointwise(own, name), loops.POINTWISE[name](theirs)
+    y, right = loops.mlp(own, one, one, name), loops.POINTWISE[name](theirs)
     y.backward(up)
     right.backward(up)
     assert torch.equal(y, right)
     exact = torch.autograd.grad(loops.POINTWISE[name](wide := x.float().requires_grad_()), wide, up.float())[0].to(BF16)
     assert torch.equal(own.grad, exact)
-    assert loops.pointwise(torch.tensor([math.nan], dtype=BF16), name).isnan().all()
+    assert loops.mlp(torch.tensor([[math.nan]], dtype=BF16), one, one, name).isnan().all()
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("rows", "wide", "narrow"), [(32, 32, 32), (800, 96, 64), (800, 64, 160), (7, 5, 3)])
+def test_layers_have_the_gradients_of_their_formula(rows, wide, narrow, bias, units, monkeypatch):
+    """More exactly than torch's, which rounds those of weights to bfloat16; more rows than are multiplied at once."""
+    monkeypatch.setattr(loops, "has_units", lambda: units and tiles.has_units())
+    x, weight, shift = half(2, rows // 2, narrow), half(wide, narrow, seed=1).float(), half(wide, seed=2).float()
+    given = (x, weight, shift) if bias else (x, weight)
+    y, gradients = slopes(lambda x, weight, *shift: loops.linear(x, weight, *(shift or [None])), *given)
+    right, expected = slopes(torch.nn.functional.linear, *(t.double() for t in given))
+    assert worst(y, right) < 3e-3
+    tolerances = (3e-3, 1e-6 if units and tiles.has_units() and rows % 32 == 0 else 3e-3, 1e-6)
+    for got, slope, tolerance in zip(gradients, expected, tolerances, strict=False):
+        assert worst(got, slope) < tolerance
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", loops.POINTWISE)
+def test_a_network_has_the_gradients_of_its_formula(name, bias):
+    fc, proj = torch.nn.Linear(64, 256, bias=bias), torch.nn.Linear(256, 64, bias=bias)
+    x, parameters = half(3, 128, 64), [*fc.parameters(), *proj.parameters()]
+
+    def by_formula(x, *p):
+        (fc, proj), (fc_bias, proj_bias) = (p[::2], p[1::2]) if bias else (p, (None, None))
+        hidden = loops.POINTWISE[name](torch.nn.functional.linear(x, fc, fc_bias))
+        return torch.nn.functional.linear(hidden, proj, proj_bias)
+
+    y = loops.mlp(own := x.clone().requires_grad_(), fc, proj, name)
+    y.backward(half(*y.shape, seed=99))
+    right, expected = slopes(by_formula, x.double(), *(p.detach().double() for p in parameters))
+    assert worst(y.double(), right) < 0.01
+    for got, slope in zip([own.grad, *(p.grad for p in parameters)], expected, strict=True):
+        assert worst(got.double(), slope) < 0.01
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -84,11 +122,29 @@ def test_norms_are_their_formulas(rows, width, rms, bias):
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight + (shift[0] if shift else 0)
 
     parameters = [weight] if shift is None else [weight, shift]
-    y, gradients = slopes(lambda x, weight, *shift: loops.norm(x, weight, *(shift or [None]), eps, rms), x, *parameters)
+    y, gradients = slopes(lambda *given: loops.norm(*given, *[None][bias:], eps, rms)[0], x, *parameters)
     right, expected = slopes(formula, x.double(), *(p.double() for p in parameters))
     torch.testing.assert_close(y, right, rtol=5e-3, atol=5e-3)
     for got, slope in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, slope, rtol=1e-2, atol=1e-2 * slope.abs().max().item() + 1e-6)
+
+
+def test_what_goes_around_a_norm_has_its_gradient_too():
+    x, weight = half(5, 40), (1 + 0.1 * drawn(40, seed=1)).float()
+
+    def both(x, weight):
+        y, around = loops.norm(x, weight, None, 1e-6, True)
+        return torch.stack((y, 3 * around))
+
+    def formula(x, weight):
+        return torch.stack((x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight, 3 * x))
+
+    y, gradients = slopes(both, x, weight)
+    right, expected = slopes(formula, x.double(), weight.double())
+    for got, exact in ((y, right), *zip(gradients, expected, strict=True)):
+        assert worst(got, exact) < 5e-3
+    (alone,) = slopes(lambda x: loops.norm(x, weight, None, 1e-6, True)[1], x)[1]
+    assert torch.equal(alone, half(5, 40, seed=99).double())
 
 
 @pytest.mark.parametrize("p", [0.0001, 0.2, 0.9, 1 - 2**-20])
@@ -136,11 +192,14 @@ def exact_attention(qkv, n_head, eps, rope, keep=1):
 
 
 @pytest.mark.parametrize("form", ["plain", "normed", "rotated", "both"])
-@pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 100])
+@pytest.mark.parametrize(("T", "D"), [(1, 16), (2, 16), (31, 16), (32, 16), (100, 16), (32, 32), (96, 32), (128, 64)])
 @pytest.mark.parametrize("scale", [1.0, 20.0])
-def test_attention_is_its_formula(T, form, scale):
-    """Of scores of up to some hundreds too: what has a probability of zero must not come back."""
-    n_head, D, eps = 3, 16, 1e-6 if form in ("normed", "both") else 0.0
+def test_attention_is_its_formula(T, D, form, scale):
+    """Of scores of up to some hundreds too: what has a probability of zero must not come back.
+
+    The last three shapes are for tile units, if there are some.
+    """
+    n_head, eps = 3, 1e-6 if form in ("normed", "both") else 0.0
     rope = tuple(t[:T] for t in rope_tables(128, D)) if form in ("rotated", "both") else None
     qkv = half(2, T, 3 * n_head * D, scale=scale)
     y, (gradient,) = slopes(lambda x: loops.attend(x, n_head, eps, rope, 0.0), qkv)
@@ -150,10 +209,11 @@ def test_attention_is_its_formula(T, form, scale):
     assert worst(gradient, expected) < max(0.01, 2 * worst(rough, expected))
 
 
-def test_attention_sees_nothing_of_what_is_ahead():
-    qkv = half(1, 50, 3 * 16)
+@pytest.mark.parametrize(("T", "D"), [(50, 8), (64, 32)])
+def test_attention_sees_nothing_of_what_is_ahead(T, D):
+    qkv = half(1, T, 6 * D)
     later = qkv.clone()
-    later[:, 20:] = half(1, 30, 3 * 16, seed=7, scale=1e3)
+    later[:, 20:] = half(1, T - 20, 6 * D, seed=7, scale=1e3)
     y, z = (loops.attend(x, 2, 0.0, None, 0.0) for x in (qkv, later))
     assert torch.equal(y[:, :20], z[:, :20])
     assert not torch.equal(y[:, 20:], z[:, 20:])
@@ -177,29 +237,34 @@ def test_attention_drops_weights_and_its_gradient_the_same_ones():
     assert worst(gradient, expected) < 0.02
 
 
+def with_threads(n, work):
+    torch.set_num_threads(n)
+    numba.set_num_threads(n)
+    return work()
+
+
 def test_nothing_depends_on_the_number_of_threads():
     if numba.config.NUMBA_NUM_THREADS < 2:
         pytest.skip("one core")
-    x, weight, qkv = half(300, 64), drawn(64, seed=1).float(), half(5, 40, 3 * 64, seed=2)
+    x, weight, qkv = half(320, 64), drawn(64, seed=1).float(), half(5, 64, 3 * 64, seed=2)
+    layer = torch.nn.Linear(64, 96)
 
     def all_of_it():
         torch.manual_seed(0)
         results = [
-            slopes(lambda x, w: loops.norm(x, w, w, 1e-5, False), x, weight),
+            slopes(lambda x, w: loops.norm(x, w, w, 1e-5, False)[0], x, weight),
             slopes(lambda x: loops.add_dropout(x, x, 0.3), x),
-            slopes(lambda x: loops.pointwise(x, "gelu"), x),
+            slopes(lambda x, *layer: loops.linear(x, *layer), x, *layer.parameters()),
             slopes(lambda x: loops.attend(x, 4, 1e-6, None, 0.1), qkv),
+            slopes(lambda x: loops.attend(x, 2, 1e-6, None, 0.0), qkv),
         ]
         return [t for y, gradients in results for t in (y, *gradients)]
 
     before = numba.get_num_threads()
     try:
-        numba.set_num_threads(1)
-        one = all_of_it()
-        numba.set_num_threads(2)
-        two = all_of_it()
+        one, two = (with_threads(n, all_of_it) for n in (1, 2))
     finally:
-        numba.set_num_threads(before)
+        with_threads(before, lambda: None)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -217,7 +282,7 @@ def test_a_model_learns_by_loops_as_it_does_in_float32(recipe, monkeypatch):
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
     tokens = torch.randint(0, 97, (4, 48), generator=torch.Generator().manual_seed(2))
     used = []
-    for name in ("norm", "pointwise", "attend"):
+    for name in ("norm", "mlp", "linear", "attend"):
         whole = getattr(loops, name)
         monkeypatch.setattr(
             loops, name, lambda *args, name=name, whole=whole, **more: used.append(name) or whole(*args, **more)
@@ -235,7 +300,8 @@ def test_a_model_learns_by_loops_as_it_does_in_float32(recipe, monkeypatch):
     assert gradient(torch.float32, True).equal(exact)
     assert not used
     assert worst(gradient(BF16, True), exact) < 1.2 * worst(rough, exact)
-    assert [used.count(name) for name in ("norm", "pointwise", "attend")] == [5, 2, 2]
+    counts = [used.count(name) for name in ("norm", "mlp", "linear", "attend")]
+    assert counts == [5, 2, 4 + (model.head is not None), 2]
 
 
 def test_what_is_not_in_bfloat16_is_not_for_the_loops():

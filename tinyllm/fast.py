@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -69,6 +69,13 @@ def leave_to_torch(x: Tensor) -> bool:
     return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias."""
+    if weight.requires_grad and torch.is_grad_enabled() and (loops := loops_for(x)):
+        return loops.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = EPS) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, times a weight (Zhang & Sennrich 2019, eq. 4).
 
@@ -76,7 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = EPS) -> Tenso
     quicker one for few numbers: a token's, while sampling.
     """
     if weight is not None and (loops := loops_for(x)):
-        return loops.norm(x, weight, None, eps, rms=True)
+        return loops.norm(x, weight, None, eps, rms=True)[0]
     weight = None if weight is None else weight.to(x.dtype)
     if leave_to_torch(x) or (x.numel() <= FEW and not torch.is_grad_enabled()):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -112,14 +119,19 @@ class RMSNorm(Function):
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last dimension (Ba et al. 2016)."""
     if loops := loops_for(x):
-        return loops.norm(x, weight, bias, eps, rms=False)
+        return loops.norm(x, weight, bias, eps, rms=False)[0]
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def norm_beside(norm: nn.RMSNorm | nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """norm(x), and x for what it is a part of: loops add up the gradients of both in one pass."""
+    if loops := loops_for(x):
+        return loops.norm(x, norm.weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, nn.RMSNorm))
+    return norm(x), x
 
 
 def activation(x: Tensor, name: str) -> Tensor:
     """`gelu` (Hendrycks & Gimpel 2016), `gelu_tanh`, its approximation, or `relu2`, relu(x)^2 (So et al. 2021)."""
-    if loops := loops_for(x):
-        return loops.pointwise(x, name)
     if name == "relu2":
         return F.relu(x).square() if leave_to_torch(x) else ReLU2.apply(x)
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tinyllm.kernels import NONE, f32, training
+from tinyllm.kernels import NONE, attention, f32, products, training
+from tinyllm.kernels.products import DEEP
+from tinyllm.kernels.tiles import BLOCK, has_units
 from tinyllm.kernels.training import PARTS
 
 POINTWISE = {
@@ -29,6 +31,7 @@ POINTWISE = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),
 }
+CACHE = 1 << 20  # bytes of sums that a core can have beside what it multiplies
 NO_TABLE = NONE.reshape(0, 0)
 
 
@@ -45,29 +48,6 @@ def tables(name: str) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
         x = every.float().requires_grad_()
         (slopes,) = torch.autograd.grad(POINTWISE[name](x).sum(), x)
     return bits(POINTWISE[name](every)), slopes.numpy()
-
-
-def pointwise(x: Tensor, name: str) -> Tensor:
-    """One of POINTWISE, looked up."""
-    return Pointwise.apply(x, name)
-
-
-class Pointwise(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
-        x, ctx.name = x.contiguous(), name
-        y = torch.empty_like(x)
-        training.look_up(bits(x).ravel(), tables(name)[0], bits(y).ravel())
-        ctx.save_for_backward(x)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        out = torch.empty_like(x)
-        training.look_up_slope(bits(x).ravel(), bits(g.contiguous()).ravel(), tables(ctx.name)[1], bits(out).ravel())
-        return out, None
 
 
 def drop(h: Tensor, x: Tensor | None, p: float, seed: int) -> Tensor:
@@ -102,15 +82,21 @@ class AddDropout(Function):
         return None if ctx.alone else g, drop(g, None, ctx.p, ctx.seed), None
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
-    """LayerNorm (Ba et al. 2016) over the last dimension, or RMSNorm; weight and bias in float32."""
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
+    """LayerNorm (Ba et al. 2016) over the last dimension, or RMSNorm; weight and bias in float32. And x as it is.
+
+    For whoever adds to x what is made of its norm: the gradient of the one is then added to that of the other in the
+    same pass.
+    """
     return Norm.apply(x, weight, bias, eps, rms)
 
 
 class Norm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
-        x, C = x.contiguous(), x.shape[-1]
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
+    ) -> tuple[Tensor, Tensor]:
+        around, x, C = x, x.contiguous(), x.shape[-1]
         y, means, scales = torch.empty_like(x), *torch.empty(2, x.numel() // C)
         parameters = weight.detach().numpy(), NONE if bias is None else bias.detach().numpy()
         training.normed(
@@ -118,18 +104,91 @@ class Norm(Function):
         )
         ctx.save_for_backward(x, weight, means, scales)
         ctx.rms, ctx.has_bias = rms, bias is not None
-        return y
+        ctx.set_materialize_grads(False)
+        return y, around
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, g: Tensor | None, more: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return more, None, None, None, None
         x, weight, means, scales = ctx.saved_tensors
         out, C = torch.empty_like(x), x.shape[-1]
         of_weight, of_bias = torch.zeros(PARTS, C), torch.zeros(PARTS, C if ctx.has_bias else 0)
-        rows = (bits(y).reshape(-1, C) for y in (x, g.contiguous()))
+        rows = (x.new_empty(0, C) if y is None else y.contiguous().view(-1, C) for y in (x, g, more))
         known = weight.detach().numpy(), means.numpy(), scales.numpy(), ctx.rms
-        training.normed_slope(*rows, *known, bits(out).reshape(-1, C), of_weight.numpy(), of_bias.numpy())
+        training.normed_slope(*map(bits, rows), *known, bits(out).reshape(-1, C), of_weight.numpy(), of_bias.numpy())
         return out, of_weight.sum(0), of_bias.sum(0) if ctx.has_bias else None, None, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias; weight and bias in float32, and so are their gradients."""
+    return Linear.apply(x, weight, bias)
+
+
+class Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return F.linear(x, weight, bias.to(x.dtype) if ctx.has_bias else None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return g @ weight, *slopes_of(g, x, ctx.has_bias)
+
+
+def mlp(x: Tensor, fc: nn.Linear, proj: nn.Linear, name: str) -> Tensor:
+    """proj(activation(fc(x))), the activation one of POINTWISE, looked up."""
+    return MLP.apply(x, fc.weight, fc.bias, proj.weight, proj.bias, name)
+
+
+class MLP(Function):
+    """All at once, since the gradient of what is the widest by far can then take the place of the one that it is of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
+        fc, fc_bias, proj, proj_bias = (None if p is None else p.to(x.dtype) for p in parameters[:4])
+        hidden = F.linear(x, fc, fc_bias)
+        active, ctx.name = torch.empty_like(hidden), parameters[4]
+        training.look_up(bits(hidden).ravel(), tables(ctx.name)[0], bits(active).ravel())
+        ctx.save_for_backward(x, hidden, active, fc, proj)
+        ctx.has_biases = fc_bias is not None, proj_bias is not None
+        return F.linear(active, proj, proj_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        x, hidden, active, fc, proj = ctx.saved_tensors
+        of_proj, slope = slopes_of(g, active, ctx.has_biases[1]), g @ proj
+        training.look_up_slope(bits(hidden).ravel(), tables(ctx.name)[1], bits(slope).ravel())
+        return slope @ fc, *slopes_of(slope, x, ctx.has_biases[0]), *of_proj, None
+
+
+def slopes_of(g: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradients of a layer's weights and bias, from that of its output and its input."""
+    g, x = g.flatten(0, -2), x.flatten(0, -2)
+    return summed_over_rows(g, x), g.sum(0, dtype=torch.float32) if has_bias else None
+
+
+def summed_over_rows(y: Tensor, x: Tensor) -> Tensor:
+    """y^T x (M, K), float32, of y (N, M) and x (N, K) in bfloat16."""
+    (N, M), K = y.shape, x.shape[1]
+    if not has_units() or N % BLOCK or M % BLOCK or K % BLOCK:
+        return (y.mT @ x).float()
+    out, across = torch.empty(M, K), M < K
+    if across:  # the narrower one is laid out for all cores, the wider one by the core that it is for
+        y, x, M, K = x, y, K, M
+    threads = torch.get_num_threads()
+    parts = min(threads * math.ceil(4 * M * K / threads / CACHE), M // BLOCK)
+    width = math.ceil(M // BLOCK / parts) * BLOCK
+    left, woven, sums = torch.empty_like(x), x.new_empty(parts, DEEP * width), torch.empty(parts, K * width)
+    products.laid_left(bits(x.contiguous()), bits(left))
+    products.multiply(bits(left), bits(y.contiguous()), bits(woven), sums.numpy(), across, out.numpy())
+    return out
 
 
 def attend(qkv: Tensor, n_head: int, qk_eps: float, rope: tuple[Tensor, Tensor] | None, p: float) -> Tensor:
@@ -139,7 +198,35 @@ def attend(qkv: Tensor, n_head: int, qk_eps: float, rope: tuple[Tensor, Tensor] 
     weights are dropped with probability p. The price is memory, (B, H, T, T) of it.
     """
     tables = (NO_TABLE, NO_TABLE) if rope is None else tuple(table[:, 0].float().numpy() for table in rope)
+    T, D = qkv.shape[1], qkv.shape[2] // 3 // n_head
+    if has_units() and not p and T % BLOCK == 0 and D % BLOCK == 0:
+        return AttentionInTiles.apply(qkv, n_head, qk_eps, tables)
     return Attention.apply(qkv, n_head, qk_eps, tables, p)
+
+
+class AttentionInTiles(Function):
+    """Head by head, without a pass over memory for each operation."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, n_head: int, qk_eps: float, tables: tuple) -> Tensor:
+        qkv, (B, T, C) = qkv.contiguous().unflatten(2, (3, n_head, -1)), (*qkv.shape[:2], qkv.shape[2] // 3)
+        D = C // n_head
+        rooms = qkv.new_empty(torch.get_num_threads(), attention.room(T, D))
+        weights, out = qkv.new_empty(B * n_head, T * (T + BLOCK) // 2), qkv.new_empty(B, T, n_head, D)
+        ctx.known = qk_eps, *tables, f32(1 / math.sqrt(D))
+        attention.attended(bits(qkv), *ctx.known, bits(rooms), bits(weights), bits(out))
+        ctx.save_for_backward(qkv, weights)
+        return out.flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        qkv, weights = ctx.saved_tensors
+        _, T, _, H, D = qkv.shape
+        rooms, out = qkv.new_empty(torch.get_num_threads(), attention.room_for_slope(T, D)), torch.empty_like(qkv)
+        up = g.contiguous().unflatten(2, (H, D))
+        attention.attended_slope(bits(qkv), bits(weights), bits(up), *ctx.known, bits(rooms), bits(out))
+        return out.flatten(2), None, None, None
 
 
 class Attention(Function):

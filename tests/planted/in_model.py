@@ -260,13 +260,13 @@ BUGS = [
         "norm after the branch",
         "norm(attn(x)) for attn(norm(x))",
         "formula",
-        ("model.py", "self.attn(self.norm_1(x), rope, cache, layer)", "self.norm_1(self.attn(x, rope, cache, layer))"),
+        ("model.py", "self.attn(y, rope, cache, layer)", "self.norm_1(self.attn(x, rope, cache, layer))"),
     ),
     bug(
         "one norm for both branches",
         "norm_1 copied, its number was not changed",
         ("formula", "gradient reach"),
-        ("model.py", "self.mlp(self.norm_2(x))", "self.mlp(self.norm_1(x))"),
+        ("model.py", "norm_beside(self.norm_2, x)", "norm_beside(self.norm_1, x)"),
     ),
     bug(
         "norm with another epsilon",

@@ -94,7 +94,7 @@ def compiled(function: Callable[..., Any], parallel: bool = False) -> Callable[.
 
 def inlined(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """A part of loops, which they are compiled with."""
-    return numba.njit(fastmath=FAST, error_model="numpy", **options)(function)
+    return numba.njit(fastmath=FAST, error_model="numpy", forceinline=True, **options)(function)
 
 
 def parallel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,6 +136,12 @@ def threads_start_quickly(threads: int) -> bool:
 def clear(x):
     for i in prange(x.size):
         x[i] = ZERO
+
+
+@inlined
+def at(x):
+    """The address of an array."""
+    return np.int64(x.ctypes.data)
 
 
 # ---- Functions of one number ----

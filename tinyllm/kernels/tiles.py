@@ -10,6 +10,7 @@ nor on what the CPU has.
 
 import ctypes
 import sys
+from functools import cache
 
 import numba
 from llvmlite import ir
@@ -18,15 +19,18 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from tinyllm.kernels import ZERO, inlined, parallel
-from tinyllm.kernels.vectors import BYTE, LONG, add_product, ahead
+from tinyllm.kernels import ZERO, at, inlined, parallel
+from tinyllm.kernels.vectors import BYTE, add_product
 
 SIDE = 16  # rows of a tile of sums, and its columns; factors of them are 16 rows of 64 bytes, too
+TILE = 1024  # bytes
+BLOCK = 32  # two tiles of sums side by side, and two below
 TOGETHER = 4  # tiles of sums side by side
 FEW = 2  # rows, up to which vectors are faster
 SHAPES = bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[SIDE] * 8, *[0] * 8])  # what the units are told of 8 tiles
 
 
+@cache
 def has_units() -> bool:
     """Whether this CPU has tile units and lets this process use them: Linux has to be asked (its docs, x86/xstate)."""
     chosen = numba.config.CPU_NAME or numba.config.CPU_FEATURES  # another CPU than this, by the user
@@ -79,15 +83,15 @@ def by_units(rows, x, weight, bias, out, add):
         begin(rows, bias, out, add, column, column + TOGETHER)
         ready()
         for b in range(0, rows, SIDE):
-            sums = out[b, column * SIDE :].ctypes.data
-            add_products(x[b].ctypes.data, x_row, weight[column].ctypes.data, w_column, tiles, sums, out_row)
+            sums = at(out[b, column * SIDE :])
+            add_products(at(x[b]), x_row, at(weight[column]), w_column, tiles, sums, out_row)
         done()
     for column in range(columns - columns % TOGETHER, columns):  # what is left over
         begin(rows, bias, out, add, column, column + 1)
         ready()
         for b in range(0, rows, SIDE):
-            sums = out[b, column * SIDE :].ctypes.data
-            add_products_of_one(x[b].ctypes.data, x_row, weight[column].ctypes.data, w_column, tiles, sums, out_row)
+            sums = at(out[b, column * SIDE :])
+            add_products_of_one(at(x[b]), x_row, at(weight[column]), tiles, sums, out_row)
         done()
 
 
@@ -132,33 +136,152 @@ def done(typing):
     return types.void(), emit
 
 
-def adder(together):
-    """`add_products` for so many columns of tiles side by side."""
+@inlined
+def add_products(x, x_row, weight, column, tiles, sums, row):
+    """16 rows of x times four columns of tiles, onto 16 rows of sums."""
+    load(0, sums, row)
+    load(1, sums + 64, row)
+    load(2, sums + 128, row)
+    load(3, sums + 192, row)
+    for _ in range(tiles):
+        load(7, x, x_row)
+        load(4, weight, 64)
+        dot(0, 7, 4)
+        load(5, weight + column, 64)
+        dot(1, 7, 5)
+        load(6, weight + 2 * column, 64)
+        dot(2, 7, 6)
+        load(4, weight + 3 * column, 64)
+        dot(3, 7, 4)
+        x += 64
+        weight += TILE
+    store(0, sums, row)
+    store(1, sums + 64, row)
+    store(2, sums + 128, row)
+    store(3, sums + 192, row)
 
-    @intrinsic
-    def add_products(typing, x, x_row, weight, column, tiles, sums, row):
-        """16 rows of x times columns of tiles, onto 16 rows of sums."""
 
-        def emit(context, builder, signature, operands):
-            x, x_row, weight, column, tiles, sums, row = operands
-            for j in range(together):
-                moved(builder, "tileloadd64", j, builder.add(sums, LONG(64 * j)), row)
-            with cgutils.for_range(builder, tiles) as tile:
-                moved(builder, "tileloadd64", 7, ahead(builder, x, (tile.index, LONG(64))), x_row)
-                for j in range(together):
-                    here = ahead(builder, weight, (column, LONG(j)), (tile.index, LONG(1024)))
-                    moved(builder, "tileloadd64", 4 + j % 3, here, LONG(64))
-                    instruct(builder, "tdpbf16ps", j, 7, 4 + j % 3)
-            for j in range(together):
-                moved(builder, "tilestored64", j, builder.add(sums, LONG(64 * j)), row)
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 7), emit
-
-    return add_products
+@inlined
+def add_products_of_one(x, x_row, weight, tiles, sums, row):
+    """The same for one column of tiles."""
+    load(0, sums, row)
+    for _ in range(tiles):
+        load(7, x, x_row)
+        load(4, weight, 64)
+        dot(0, 7, 4)
+        x += 64
+        weight += TILE
+    store(0, sums, row)
 
 
-add_products, add_products_of_one = adder(TOGETHER), adder(1)
+@inlined
+def multiply_rows(left, row, right, next, depth, out, out_row):
+    """32 x 32 sums of `depth` products each, to rows of float32; depth is a multiple of 32.
+
+    The left factors are rows; the right ones tiles, two side by side, after `next` bytes those that are next in the
+    sum. All are told by addresses, and by the bytes from one row to the next.
+    """
+    multiply_block(left, row, SIDE * row, 64, right, next, depth, out, out_row)
+
+
+@inlined
+def multiply_tiles(left, lower, right, next, depth, out, out_row):
+    """The same for tiles on the left, too, that follow each other along the sum; `lower` to those of 16 rows below."""
+    multiply_block(left, 64, lower, TILE, right, next, depth, out, out_row)
+
+
+@inlined
+def multiply_block(left, row, lower, step, right, next, depth, out, out_row):
+    zero(0)
+    zero(1)
+    zero(2)
+    zero(3)
+    for _ in range(depth // BLOCK):
+        load(4, left, row)
+        load(5, left + lower, row)
+        load(6, right, 64)
+        load(7, right + TILE, 64)
+        dot(0, 4, 6)
+        dot(1, 4, 7)
+        dot(2, 5, 6)
+        dot(3, 5, 7)
+        left += step
+        right += next
+    store(0, out, out_row)
+    store(1, out + 64, out_row)
+    store(2, out + SIDE * out_row, out_row)
+    store(3, out + SIDE * out_row + 64, out_row)
+
+
+@inlined
+def add_block(left, right, next, depth, onto, sums):
+    """32 x 32 sums, or what is added to them, in four tiles after each other: of so many tiles along the sum.
+
+    These follow each other on both sides; after `next` bytes come those of the next 16 rows, or columns.
+    """
+    if onto:
+        load(0, sums, 64)
+        load(1, sums + TILE, 64)
+        load(2, sums + 2 * TILE, 64)
+        load(3, sums + 3 * TILE, 64)
+    else:
+        zero(0)
+        zero(1)
+        zero(2)
+        zero(3)
+    for _ in range(depth):
+        load(4, left, 64)
+        load(6, right, 64)
+        dot(0, 4, 6)
+        load(7, right + next, 64)
+        dot(1, 4, 7)
+        load(5, left + next, 64)
+        dot(2, 5, 6)
+        dot(3, 5, 7)
+        left += TILE
+        right += TILE
+    store(0, sums, 64)
+    store(1, sums + TILE, 64)
+    store(2, sums + 2 * TILE, 64)
+    store(3, sums + 3 * TILE, 64)
+
+
+@intrinsic(prefer_literal=True)
+def zero(typing, tile):
+    def emit(context, builder, signature, operands):
+        instruct(builder, "tilezero", tile.literal_value)
+        return context.get_dummy_value()
+
+    return types.void(tile), emit
+
+
+@intrinsic(prefer_literal=True)
+def load(typing, tile, address, row):
+    def emit(context, builder, signature, operands):
+        moved(builder, "tileloadd64", tile.literal_value, *operands[1:])
+        return context.get_dummy_value()
+
+    return types.void(tile, types.intp, types.intp), emit
+
+
+@intrinsic(prefer_literal=True)
+def store(typing, tile, address, row):
+    def emit(context, builder, signature, operands):
+        moved(builder, "tilestored64", tile.literal_value, *operands[1:])
+        return context.get_dummy_value()
+
+    return types.void(tile, types.intp, types.intp), emit
+
+
+@intrinsic(prefer_literal=True)
+def dot(typing, sums, left, right):
+    """sums += left right."""
+
+    def emit(context, builder, signature, operands):
+        instruct(builder, "tdpbf16ps", *(tile.literal_value for tile in (sums, left, right)))
+        return context.get_dummy_value()
+
+    return types.void(sums, left, right), emit
 
 
 def moved(builder, name, tile, address, stride):

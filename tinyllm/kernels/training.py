@@ -3,11 +3,20 @@
 import numpy as np
 from numba import prange
 
-from tinyllm.kernels import ONE, ZERO, dot, exp, f32, inlined, narrow, parallel, widen
+from tinyllm.kernels import ONE, ZERO, at, dot, exp, f32, inlined, narrow, parallel, widen
+from tinyllm.kernels.rows import WIDTH, multiply_row
+from tinyllm.kernels.vectors import fetch
 
 PART = 4096  # numbers that a core takes at a time; loops over a slice of an array are quicker than over its places
 STRIDE = 32  # numbers: four vectors, as many as a loop takes at a time
 PARTS = 64  # of rows, whatever the number of cores: sums of them are always added in the same order
+
+
+@inlined
+def fetch_part(x, part):
+    """Have numbers on their way while those before them are at work: memory is slow to begin."""
+    if (part + 1) * PART <= x.size:
+        fetch(at(x[part * PART :]), 2 * PART)
 
 
 @parallel
@@ -20,16 +29,20 @@ def look_up(x, table, out):
 
 
 @parallel
-def look_up_slope(x, g, slopes, out):
-    """g slopes[x], for each of x (N,)."""
+def look_up_slope(x, slopes, g):
+    """g slopes[x], for each of x (N,), in the place of g."""
     for part in prange(-(-x.size // PART)):
         here = slice(part * PART, (part + 1) * PART)
-        x_part, g_part, out_part = x[here], g[here], out[here]
+        x_part, g_part = x[here], g[here]
         found = np.empty(PART, np.float32)
+        fetch_part(x, part + 1)
+        fetch_part(g, part + 1)
         for i in range(x_part.size):  # one by one, what follows many at a time
             found[i] = slopes[x_part[i]]
-        for i in range(x_part.size):
-            out_part[i] = narrow(widen(g_part[i]) * found[i])
+        whole = x_part.size // WIDTH * WIDTH
+        multiply_row(at(found), whole, at(g_part))
+        for i in range(whole, x_part.size):
+            g_part[i] = narrow(widen(g_part[i]) * found[i])
 
 
 @inlined
@@ -84,11 +97,11 @@ def normed(x, weight, bias, eps, rms, out, means, scales):
 
 
 @parallel
-def normed_slope(x, g, weight, means, scales, rms, out, of_weight, of_bias):
+def normed_slope(x, g, more, weight, means, scales, rms, out, of_weight, of_bias):
     """The gradient of x, r (h - n mean(h n) - mean(h)), with n = (x - mean) r, g that of n weight + bias, h = g weight.
 
-    RMSNorm's is without the last mean. Those of weight and bias, PARTS sums of g n and of g, go to of_weight (PARTS, C)
-    and of_bias (PARTS, C), or (PARTS, 0) for no bias.
+    RMSNorm's is without the last mean. `more`, if it has rows, is added to it. Those of weight and bias, PARTS sums of
+    g n and of g, go to of_weight (PARTS, C) and of_bias (PARTS, C), or (PARTS, 0) for no bias.
     """
     N, C = x.shape
     for part in prange(PARTS):
@@ -104,8 +117,14 @@ def normed_slope(x, g, weight, means, scales, rms, out, of_weight, of_bias):
             for c in range(bias_sum.size):
                 bias_sum[c] += widen(g_row[c])
             along, level = along / f32(C), ZERO if rms else level / f32(C)
-            for c in range(C):
-                out_row[c] = narrow(r * (widen(g_row[c]) * weight[c] - (widen(row[c]) - mean) * r * along - level))
+            if more.size:
+                more_row = more[i]
+                for c in range(C):
+                    slope = r * (widen(g_row[c]) * weight[c] - (widen(row[c]) - mean) * r * along - level)
+                    out_row[c] = narrow(slope + widen(more_row[c]))
+            else:
+                for c in range(C):
+                    out_row[c] = narrow(r * (widen(g_row[c]) * weight[c] - (widen(row[c]) - mean) * r * along - level))
 
 
 @parallel
@@ -115,27 +134,41 @@ def heads_apart(qkv, eps, cos, sin, out, scales):
     Not normed where eps is 0, not rotated where cos and sin (T, D) have no numbers. What they were multiplied with to
     be normed goes to scales (2, B, H, T).
     """
-    B, T, _, H, D = qkv.shape
+    B, T, _, H, _ = qkv.shape
     for b in prange(B):
         for t in range(T):
             for part in range(3):
                 for h in range(H):
                     x, y = qkv[b, t, part, h], out[part, b, h, t]
-                    r = ONE
-                    if eps and part < 2:
-                        square = ZERO
-                        for d in range(D):
-                            square += widen(x[d]) * widen(x[d])
-                        r = ONE / np.sqrt(square / f32(D) + f32(eps))
-                        scales[part, b, h, t] = r
-                    if cos.size and part < 2:
-                        turn(x, r, cos[t], sin[t], y)
-                    elif eps and part < 2:
-                        for d in range(D):
-                            y[d] = narrow(widen(x[d]) * r)
+                    if part < 2:
+                        scales[part, b, h, t] = apart(x, t, eps, cos, sin, y)
                     else:
-                        for d in range(D):
-                            y[d] = x[d]
+                        copy(x, y)
+
+
+@inlined
+def apart(x, t, eps, cos, sin, out):
+    """A query or a key, normed and rotated; what it was multiplied with to be normed."""
+    r = ONE
+    if eps:
+        square = ZERO
+        for d in range(x.size):
+            square += widen(x[d]) * widen(x[d])
+        r = ONE / np.sqrt(square / f32(x.size) + f32(eps))
+    if cos.size:
+        turn(x, r, cos[t], sin[t], out)
+    elif eps:
+        for d in range(x.size):
+            out[d] = narrow(widen(x[d]) * r)
+    else:
+        copy(x, out)
+    return r
+
+
+@inlined
+def copy(x, out):
+    for i in range(x.size):  # which is quicker than out[:] = x, for few numbers
+        out[i] = x[i]
 
 
 @inlined
@@ -156,26 +189,34 @@ def heads_together(y, g, eps, cos, sin, scales, out):
     """
     _, B, H, T, D = g.shape
     for b in prange(B):
-        up, n = np.empty(D, np.float32), np.empty(D, np.float32)
+        room = np.empty((2, D), np.float32)
         for t in range(T):
             for part in range(3):
                 for h in range(H):
-                    g_row, y_row, x_row = g[part, b, h, t], y[part, b, h, t], out[b, t, part, h]
-                    if part == 2 or not (eps or cos.size):
-                        for d in range(D):
-                            x_row[d] = g_row[d]
-                        continue
-                    if cos.size:
-                        turned_back(g_row, cos[t], sin[t], up)
-                        turned_back(y_row, cos[t], sin[t], n)
+                    g_row, x_row = g[part, b, h, t], out[b, t, part, h]
+                    if part < 2:
+                        together(y[part, b, h, t], g_row, t, scales[part, b, h, t], eps, cos, sin, room, x_row)
                     else:
-                        for d in range(D):
-                            up[d], n[d] = widen(g_row[d]), widen(y_row[d])
-                    along, r = ZERO, ONE
-                    if eps:
-                        along, r = dot(up, n) / f32(D), scales[part, b, h, t]
-                    for d in range(D):
-                        x_row[d] = narrow(r * (up[d] - n[d] * along))
+                        copy(g_row, x_row)
+
+
+@inlined
+def together(y, g, t, r, eps, cos, sin, room, out):
+    """The gradient of a query or a key, from what `apart` made of it and the gradient of that."""
+    if not (eps or cos.size):
+        for d in range(g.size):
+            out[d] = narrow(widen(g[d]))
+        return
+    up, n = room[0], room[1]
+    if cos.size:
+        turned_back(g, cos[t], sin[t], up)
+        turned_back(y, cos[t], sin[t], n)
+    else:
+        for d in range(g.size):
+            up[d], n[d] = widen(g[d]), widen(y[d])
+    along = dot(up, n) / f32(g.size) if eps else ZERO
+    for d in range(g.size):
+        out[d] = narrow(r * (up[d] - n[d] * along))
 
 
 @inlined

@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 WIDTH = 16
 BYTE, LONG, INT, FLOAT = ir.IntType(8), ir.IntType(64), ir.IntType(32), ir.FloatType()
 PAIRS, FLOATS = ir.VectorType(INT, WIDTH), ir.VectorType(FLOAT, WIDTH)
+HALVES = ir.VectorType(ir.IntType(16), WIDTH)
 ZEROS = ir.Constant(FLOATS, [0.0] * WIDTH)
 
 
@@ -97,6 +98,66 @@ def pair(typing, x, half, out):
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 3), emit
+
+
+def fetcher(to_write):
+    """`fetch`, for what will be read, or written."""
+
+    @intrinsic
+    def fetch(typing, address, size):
+        """Have so many bytes on their way to the core's cache."""
+
+        def emit(context, builder, signature, operands):
+            address, size = operands
+            kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT, INT, INT])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            with cgutils.for_range(builder, builder.udiv(size, LONG(64))) as line:
+                place = builder.inttoptr(ahead(builder, address, (line.index, LONG(64))), BYTE.as_pointer())
+                builder.call(function, [place, INT(to_write), INT(3), INT(1)])
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp), emit
+
+    return fetch
+
+
+fetch, fetch_to_write = fetcher(0), fetcher(1)
+
+
+@intrinsic
+def weave(typing, x, y, out):
+    """16 numbers of 16 bits of x and of y as pairs."""
+
+    def emit(context, builder, signature, operands):
+        x, y, out = operands
+        first, second = (builder.zext(loaded(builder, place, HALVES), PAIRS) for place in (x, y))
+        pairs = builder.or_(first, builder.shl(second, ir.Constant(PAIRS, [16] * WIDTH)))
+        builder.store(pairs, builder.inttoptr(out, PAIRS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), emit
+
+
+@intrinsic
+def turn(typing, x, row, out, out_row):
+    """16 rows of 16 numbers of 32 bits, or of pairs, as columns."""
+
+    def emit(context, builder, signature, operands):
+        x, row, out, out_row = operands
+        rows = [loaded(builder, ahead(builder, x, (LONG(i), row))) for i in range(WIDTH)]
+        for step in (8, 4, 2, 1):  # what is that far from the diagonal changes sides
+            low = [place if not place & step else place - step + WIDTH for place in range(WIDTH)]
+            high = [place + step if not place & step else place + WIDTH for place in range(WIDTH)]
+            for i in range(WIDTH):
+                if not i & step:
+                    two = rows[i], rows[i + step]
+                    rows[i], rows[i + step] = (chosen(builder, *two, places) for places in (low, high))
+        for i, numbers in enumerate(rows):
+            place = builder.inttoptr(ahead(builder, out, (LONG(i), out_row)), PAIRS.as_pointer())
+            builder.store(numbers, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), emit
 
 
 @intrinsic

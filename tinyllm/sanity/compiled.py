@@ -55,7 +55,7 @@ def training_loops(subject: Subject) -> Result:
     error, usual = errors[name]
     expected = "each tensor's gradient as near to float32's as by torch, within a factor of 1.5"
     measured = f"{error:.1%} off, by torch {usual:.1%}, in {name}"
-    fix = "look at loops.py and kernels/training.py, or set runtime.loops = off"
+    fix = "look at loops.py and kernels/, or set runtime.loops = off"
     if not error <= allowed(usual):
         return failed(measured, expected, "the loops compute another gradient", fix)
     if subject.run.config.model.dropout or subject.run.config.model.attn_dropout:
