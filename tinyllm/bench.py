@@ -33,9 +33,11 @@ WITHIN = {
     "RMSNorm": "norms",
     "Norm": "norms",
     "ReLU2": "activations",
-    "Pointwise": "activations",
+    "activations": "activations",  # as `loops.py` marks its own, within larger operations
+    "matrix products": "matrix products",
     "AddDropout": "dropout",
     "Attention": "attention",
+    "AttentionInTiles": "attention",
 }
 # Else torch's names of operations begin so, or have it in them; the first that fits counts.
 KINDS = {

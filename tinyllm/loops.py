@@ -1,12 +1,14 @@
 """Operations of a GPT in compiled loops, to train it in bfloat16 on a CPU: one pass over memory for each, or two.
 
-    y = pointwise(x, "gelu")
-    y = add_dropout(x, h, 0.2)                   # x + dropout(h)
-    y = norm(x, weight, bias, eps, rms=False)
+    y = linear(x, weight, bias)
+    y = mlp(x, fc, proj, "gelu")                   # proj(gelu(fc(x)))
+    y = add_dropout(x, h, 0.2)                     # x + dropout(h)
+    y, x = norm(x, weight, bias, eps, rms=False)   # and x, for what goes around
     y = attend(qkv, n_head, qk_eps, rope, 0.0)
 
 torch takes several passes where there are several operations, and its elementwise ones convert each number to float32
-and back. `fast.py` says when these take its place; the loops are in `kernels/training.py`.
+and back. Products are torch's, but for attention's and those of the weights' gradients where a CPU has tile units.
+`fast.py` says when these take its place; the loops are in `kernels/`.
 """
 
 import math
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from tinyllm.kernels import NONE, attention, f32, products, training
 from tinyllm.kernels.products import DEEP
@@ -154,7 +157,8 @@ class MLP(Function):
         fc, fc_bias, proj, proj_bias = (None if p is None else p.to(x.dtype) for p in parameters[:4])
         hidden = F.linear(x, fc, fc_bias)
         active, ctx.name = torch.empty_like(hidden), parameters[4]
-        training.look_up(bits(hidden).ravel(), tables(ctx.name)[0], bits(active).ravel())
+        with record_function("activations"):
+            training.look_up(bits(hidden).ravel(), tables(ctx.name)[0], bits(active).ravel())
         ctx.save_for_backward(x, hidden, active, fc, proj)
         ctx.has_biases = fc_bias is not None, proj_bias is not None
         return F.linear(active, proj, proj_bias)
@@ -164,7 +168,8 @@ class MLP(Function):
     def backward(ctx: Any, g: Tensor) -> tuple:
         x, hidden, active, fc, proj = ctx.saved_tensors
         of_proj, slope = slopes_of(g, active, ctx.has_biases[1]), g @ proj
-        training.look_up_slope(bits(hidden).ravel(), tables(ctx.name)[1], bits(slope).ravel())
+        with record_function("activations"):
+            training.look_up_slope(bits(hidden).ravel(), tables(ctx.name)[1], bits(slope).ravel())
         return slope @ fc, *slopes_of(slope, x, ctx.has_biases[0]), *of_proj, None
 
 
@@ -186,8 +191,9 @@ def summed_over_rows(y: Tensor, x: Tensor) -> Tensor:
     parts = min(threads * math.ceil(4 * M * K / threads / CACHE), M // BLOCK)
     width = math.ceil(M // BLOCK / parts) * BLOCK
     left, woven, sums = torch.empty_like(x), x.new_empty(parts, DEEP * width), torch.empty(parts, K * width)
-    products.laid_left(bits(x.contiguous()), bits(left))
-    products.multiply(bits(left), bits(y.contiguous()), bits(woven), sums.numpy(), across, out.numpy())
+    with record_function("matrix products"):
+        products.laid_left(bits(x.contiguous()), bits(left))
+        products.multiply(bits(left), bits(y.contiguous()), bits(woven), sums.numpy(), across, out.numpy())
     return out
 
 
@@ -205,7 +211,7 @@ def attend(qkv: Tensor, n_head: int, qk_eps: float, rope: tuple[Tensor, Tensor] 
 
 
 class AttentionInTiles(Function):
-    """Head by head, without a pass over memory for each operation."""
+    """Head by head, each within a core's cache, by tile units."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int, qk_eps: float, tables: tuple) -> Tensor:
@@ -230,6 +236,8 @@ class AttentionInTiles(Function):
 
 
 class Attention(Function):
+    """All heads at a time, by torch's products: with dropout, without units, or for lengths that do not fit these."""
+
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int, qk_eps: float, tables: tuple, p: float) -> Tensor:
         B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3

@@ -1,9 +1,12 @@
 """Loops that numba compiles for this machine, where torch's operations are too many or pass over memory too often.
 
     training.py     for loops.py: what stands between the products of a step
+    attention.py    its attention, and
+    products.py     the gradients of its weights, by a CPU's tile units
     sampling.py     for decode.py: a token's way through the blocks
-    tiles.py        its products with bfloat16 weights
-    vectors.py      what these and its attention need vectors of a fixed width for
+    tiles.py        products by tile units, and those with bfloat16 weights
+    vectors.py      what all of these need vectors of a fixed width for, and
+    rows.py         what the rows of attention's scores do
 
 Here is what they share. The loops know arrays and numbers only. Functions of one number are written without branches
 and without calls of a C library, so that the loop around them is done eight or sixteen numbers at a time.

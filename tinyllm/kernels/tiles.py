@@ -6,6 +6,8 @@ in each tile the even products and the odd ones apart, one after the other, then
 do the same to the last bit (but for numbers below 1e-38, zeros to the units), since a product of two bfloat16 numbers
 is exact in float32, and are faster for few rows. So what a row comes to depends neither on how many others there are,
 nor on what the CPU has.
+
+`attention.py` and `products.py` multiply blocks of 32 x 32 by the same instructions.
 """
 
 import ctypes
