@@ -13,7 +13,7 @@ and all random generators are left as they were, so a run that follows is the ru
     result.py    what a check is, and what it says
     subject.py   the run under test
     instruments.py   what the checks measure with: watched steps, recorded calls, woken weights, references
-    data.py, config.py, model.py, sight.py, parts.py, loss.py, step.py, optimizer.py, evaluation.py, compiled.py,
+    data.py, config.py, model.py, sight.py, parts.py, loss.py, step.py, optimizer.py, compiled.py, evaluation.py,
     loop.py, trainings.py, cost.py      the checks, a file a group
     reference.py, measure.py    the built-in GPT once more; a process that does what a run will do
     report.py, page.py          what was found, as JSON and as a page to keep
@@ -95,11 +95,11 @@ CHECKS: tuple[Check, ...] = (
     Check("optimizer", "betas, eps, decay or rate that never reach the optimizer", optimizer.optimizer),
     Check("overflow", "nan that gets into the weights", optimizer.overflow),
     Check("weights move", "tensors that stand still from the real start", optimizer.weights_move),
+    Check("compile", "a compiler that computes something else", compiled.compile_agrees, quick=False),
+    Check("training loops", "compiled loops that compute something else", compiled.training_loops),
     Check("training mode", "dropout off in training, or the same at each step", evaluation.training_mode),
     Check("evaluation", "evaluation on other text, with dropout, or that changes the run", evaluation.evaluation),
     Check("precision", "16 bits where they do harm", evaluation.precision),
-    Check("compile", "a compiler that computes something else", compiled.compile_agrees, quick=False),
-    Check("training loops", "compiled loops that compute something else", compiled.training_loops),
     Check("repeatable", "state outside the checkpoint: a run that cannot be repeated", loop.repeatable),
     Check("checkpoint", "what a checkpoint forgets", loop.checkpoint, quick=False),
     Check("train loop", "a loop that skips, repeats, or keeps the wrong weights", loop.train_loop, quick=False),
